@@ -9,13 +9,9 @@
 
 namespace mixhead {
 
-const char* version() {
-  return MIXHEAD_VERSION;
-}
+const char* version() { return MIXHEAD_VERSION; }
 
-const char* torch_version() {
-  return TORCH_VERSION;
-}
+const char* torch_version() { return TORCH_VERSION; }
 
 namespace {
 
@@ -34,12 +30,8 @@ constexpr int kMinorShift = 48;
       stderr,
       "mixhead %s was built with LibTorch %s but is loaded beside LibTorch %d.%d: build it again "
       "with the LibTorch at hand, or run the program with LibTorch %d.%d.\n",
-      MIXHEAD_VERSION,
-      TORCH_VERSION,
-      static_cast<int>(loaded >> 56),
-      static_cast<int>(loaded >> kMinorShift & 0xff),
-      TORCH_VERSION_MAJOR,
-      TORCH_VERSION_MINOR);
+      MIXHEAD_VERSION, TORCH_VERSION, static_cast<int>(loaded >> 56),
+      static_cast<int>(loaded >> kMinorShift & 0xff), TORCH_VERSION_MAJOR, TORCH_VERSION_MINOR);
   std::abort();
 }
 

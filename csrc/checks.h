@@ -1,0 +1,107 @@
+#pragma once
+
+#include <ATen/core/Tensor.h>
+#include <c10/util/Exception.h>
+
+#include <initializer_list>
+#include <sstream>
+#include <string>
+
+/// How an argument is judged and how the error reads:
+/// `op: argument must <what was expected>, got <what came>`.
+///
+/// Sizes are compared as SymInt, so that the same checks serve real tensors, Meta and export.
+namespace mixhead::checks {
+
+using at::Tensor;
+
+#define MIXHEAD_CHECK(condition, op, ...) TORCH_CHECK(condition, op, ": ", __VA_ARGS__)
+
+/// "(8, 4096, 32)".
+inline std::string shape(c10::SymIntArrayRef sizes) {
+  std::ostringstream text;
+  text << '(';
+  for (size_t i = 0; i < sizes.size(); ++i) text << (i ? ", " : "") << sizes[i];
+  text << (sizes.size() == 1 ? ",)" : ")");
+  return text.str();
+}
+inline std::string shape(const Tensor& tensor) { return shape(tensor.sym_sizes()); }
+
+/// Equality; on sizes not yet known (export) it becomes an assertion at run time.
+inline bool equal(const c10::SymInt& a, const c10::SymInt& b) {
+  return a.sym_eq(b).expect_true(__FILE__, __LINE__);
+}
+
+inline bool is_one(const c10::SymInt& a) { return a.sym_eq(1).guard_or_false(__FILE__, __LINE__); }
+
+inline bool at_least_one(const c10::SymInt& a) {
+  return a.sym_ge(1).expect_true(__FILE__, __LINE__);
+}
+
+/// Whether `tensor` broadcasts to `target`, PyTorch's rules, without enlarging `target`.
+inline bool broadcasts_to(const Tensor& tensor, c10::SymIntArrayRef target) {
+  const auto sizes = tensor.sym_sizes();
+  if (sizes.size() > target.size()) return false;
+  for (size_t i = 1; i <= sizes.size(); ++i) {
+    const auto& size = sizes[sizes.size() - i];
+    if (!is_one(size) && !equal(size, target[target.size() - i])) return false;
+  }
+  return true;
+}
+
+inline bool same_shape(const Tensor& tensor, c10::SymIntArrayRef sizes) {
+  if (tensor.dim() != static_cast<int64_t>(sizes.size())) return false;
+  for (size_t i = 0; i < sizes.size(); ++i) {
+    if (!equal(tensor.sym_size(static_cast<int64_t>(i)), sizes[i])) return false;
+  }
+  return true;
+}
+
+/// The first tensor of an op: a dense tensor of a floating type with at least `dims` dimensions.
+inline void floating(const char* op, const char* name, const Tensor& tensor, int64_t dims) {
+  const auto dtype = tensor.scalar_type();
+  MIXHEAD_CHECK(
+      dtype == at::kFloat || dtype == at::kDouble || dtype == at::kBFloat16 || dtype == at::kHalf,
+      op, name, " must be float32, float64, bfloat16 or float16, got ", dtype);
+  MIXHEAD_CHECK(
+      tensor.dim() >= dims, op, name, " must have at least ", dims, " dimensions, got ",
+      shape(tensor));
+}
+
+/// Same device and layout as `first`; same dtype too, or float32 where `float32_too`.
+inline void companion(
+    const char* op, const char* name, const Tensor& tensor, const Tensor& first,
+    const char* first_name, bool float32_too = false) {
+  MIXHEAD_CHECK(
+      tensor.layout() == at::kStrided, op, name, " must be a dense tensor, got layout ",
+      tensor.layout());
+  MIXHEAD_CHECK(
+      tensor.device() == first.device(), op, name, " must be on ", first.device(), " like ",
+      first_name, ", got ", tensor.device());
+  MIXHEAD_CHECK(
+      tensor.scalar_type() == first.scalar_type() ||
+          (float32_too && tensor.scalar_type() == at::kFloat),
+      op, name, " must be ", first.scalar_type(), " like ", first_name,
+      float32_too ? " or float32" : "", ", got ", tensor.scalar_type());
+}
+
+/// A mask: bool, or additive in the query's dtype or float32; broadcasts to `target`.
+inline void mask(
+    const char* op, const char* name, const Tensor& tensor, const Tensor& query,
+    c10::SymIntArrayRef target) {
+  if (tensor.scalar_type() == at::kBool) {
+    MIXHEAD_CHECK(
+        tensor.device() == query.device(), op, name, " must be on ", query.device(),
+        " like query, got ", tensor.device());
+  } else {
+    MIXHEAD_CHECK(
+        at::isFloatingType(tensor.scalar_type()), op, name, " must be bool or floating, got ",
+        tensor.scalar_type());
+    companion(op, name, tensor, query, "query", /*float32_too=*/true);
+  }
+  MIXHEAD_CHECK(
+      broadcasts_to(tensor, target), op, name, " must broadcast to ", shape(target), ", got ",
+      shape(tensor));
+}
+
+}  // namespace mixhead::checks

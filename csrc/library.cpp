@@ -1,0 +1,37 @@
+// Every operator schema of mixhead on one page. The kernels are registered in the folder of each
+// op.
+#include <torch/library.h>
+
+TORCH_LIBRARY(mixhead, m) {
+  m.def(
+      "mixed_attention(Tensor query, Tensor key, Tensor value, Tensor memory_key, "
+      "Tensor memory_value, Tensor mix, *, str rule=\"gate\", Tensor? attn_mask=None, "
+      "Tensor? memory_mask=None, Tensor? memory_index=None, float dropout_p=0.0, "
+      "bool is_causal=False, float? scale=None, bool enable_gqa=False) "
+      "-> (Tensor output, Tensor self_lse, Tensor memory_lse)",
+      {at::Tag::nondeterministic_seeded, at::Tag::pt2_compliant_tag});
+  m.def(
+      "merge_attention(Tensor[] outputs, Tensor[] lses) -> (Tensor output, Tensor lse)",
+      {at::Tag::pt2_compliant_tag});
+
+  // What autograd calls below mixed_attention. The seed makes dropout a pure function. The outputs
+  // over each side alone are what the gate's backward needs; rule "joint" leaves them empty.
+  m.def(
+      "_mixed_attention_forward(Tensor query, Tensor key, Tensor value, Tensor memory_key, "
+      "Tensor memory_value, Tensor mix, str rule, Tensor? attn_mask, Tensor? memory_mask, "
+      "Tensor? memory_index, float dropout_p, Tensor? seed, bool is_causal, float? scale, "
+      "bool enable_gqa) -> (Tensor output, Tensor self_lse, Tensor memory_lse, "
+      "Tensor self_output, Tensor memory_output)",
+      {at::Tag::pt2_compliant_tag});
+  // Gradients of (query, key, value, memory_key, memory_value, mix, attn_mask, memory_mask); one
+  // that output_mask does not ask for is an empty tensor.
+  m.def(
+      "_mixed_attention_backward(Tensor grad_output, Tensor grad_self_lse, Tensor grad_memory_lse, "
+      "Tensor query, Tensor key, Tensor value, Tensor memory_key, "
+      "Tensor memory_value, Tensor mix, str rule, Tensor? attn_mask, Tensor? memory_mask, "
+      "Tensor? memory_index, float dropout_p, Tensor? seed, bool is_causal, float? scale, "
+      "bool enable_gqa, Tensor output, Tensor self_lse, Tensor memory_lse, "
+      "Tensor self_output, Tensor memory_output, bool[8] output_mask) "
+      "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+      {at::Tag::pt2_compliant_tag});
+}

@@ -1,0 +1,242 @@
+#include <ATen/core/LegacyTypeDispatch.h>
+#include <ATen/ops/randint.h>
+#include <torch/csrc/autograd/custom_function.h>
+#include <torch/csrc/autograd/functions/basic_ops.h>
+#include <torch/library.h>
+
+#include <limits>
+
+#include "mixed_attention/arguments.h"
+
+namespace mixhead::mixed {
+namespace {
+
+using torch::autograd::AutogradContext;
+using torch::autograd::variable_list;
+
+OptionalTensor optional(const Tensor& tensor) {
+  return tensor.defined() ? OptionalTensor(tensor) : std::nullopt;
+}
+
+/// Saves everything in args; what restore_arguments reads back from the saved variables.
+variable_list save_arguments(AutogradContext* ctx, const Arguments& args) {
+  ctx->saved_data["joint"] = args.joint();
+  ctx->saved_data["dropout_p"] = args.dropout_p;
+  ctx->saved_data["is_causal"] = args.is_causal;
+  ctx->saved_data["scale"] = args.scale;
+  ctx->saved_data["enable_gqa"] = args.enable_gqa;
+  const auto tensors = differentiable(args);
+  variable_list saved(tensors.begin(), tensors.end());
+  saved.push_back(args.memory_index.value_or(Tensor()));
+  saved.push_back(args.seed.value_or(Tensor()));
+  return saved;
+}
+constexpr size_t kSavedArguments = kDifferentiable + 2;
+
+Arguments restore_arguments(AutogradContext* ctx, const variable_list& saved) {
+  auto& data = ctx->saved_data;
+  return {
+      .query = saved[0],
+      .key = saved[1],
+      .value = saved[2],
+      .memory_key = saved[3],
+      .memory_value = saved[4],
+      .mix = saved[5],
+      .rule = data["joint"].toBool() ? "joint" : "gate",
+      .attn_mask = optional(saved[6]),
+      .memory_mask = optional(saved[7]),
+      .memory_index = optional(saved[8]),
+      .dropout_p = data["dropout_p"].toDouble(),
+      .seed = optional(saved[9]),
+      .is_causal = data["is_causal"].toBool(),
+      .scale = data["scale"].toOptional<double>(),
+      .enable_gqa = data["enable_gqa"].toBool(),
+  };
+}
+
+/// Which of the differentiable arguments, from edge `first` on, autograd asks a gradient for.
+OutputMask needed_gradients(AutogradContext* ctx, const Arguments& args, size_t first = 0) {
+  const auto tensors = differentiable(args);
+  OutputMask needed{};
+  size_t edge = first;
+  for (size_t i = 0; i < kDifferentiable; ++i) {
+    if (tensors[i].defined()) needed[i] = ctx->needs_input_grad(edge++);
+  }
+  return needed;
+}
+
+bool any_requires_grad(const std::array<Tensor, kDifferentiable>& tensors) {
+  return std::any_of(tensors.begin(), tensors.end(), [](const Tensor& tensor) {
+    return tensor.defined() && tensor.requires_grad();
+  });
+}
+
+/// The gradients of mixed_attention as a function that can be differentiated once more.
+class Backward : public torch::autograd::Function<Backward> {
+ public:
+  static variable_list forward(
+      AutogradContext* ctx, const Tensor& grad_output, const Tensor& grad_self_lse,
+      const Tensor& grad_memory_lse, const Tensor& /*query*/, const Tensor& /*key*/,
+      const Tensor& /*value*/, const Tensor& /*memory_key*/, const Tensor& /*memory_value*/,
+      const Tensor& /*mix*/, const OptionalTensor& /*attn_mask*/,
+      const OptionalTensor& /*memory_mask*/, const Arguments& args, const Forward& saved_forward,
+      OutputMask output_mask) {
+    at::AutoDispatchBelowADInplaceOrView guard;
+    auto saved = save_arguments(ctx, args);
+    saved.insert(saved.end(), {grad_output, grad_self_lse, grad_memory_lse});
+    ctx->save_for_backward(std::move(saved));
+    const auto gradients = call_backward(
+        {grad_output, grad_self_lse, grad_memory_lse}, args, saved_forward, output_mask);
+    return std::apply([](auto&... each) { return variable_list{each...}; }, gradients);
+  }
+
+  static variable_list backward(AutogradContext* ctx, variable_list second_order) {
+    const auto saved = ctx->get_saved_variables();
+    const auto args = restore_arguments(ctx, saved);
+    std::array<Tensor, kDifferentiable> incoming;
+    std::copy(second_order.begin(), second_order.end(), incoming.begin());
+    std::array<bool, 3 + kDifferentiable> needed{};
+    for (size_t i = 0; i < 3; ++i) needed[i] = ctx->needs_input_grad(i);
+    const auto needed_arguments = needed_gradients(ctx, args, 3);
+    std::copy(needed_arguments.begin(), needed_arguments.end(), needed.begin() + 3);
+    auto gradients = double_backward(
+        args, {saved[kSavedArguments], saved[kSavedArguments + 1], saved[kSavedArguments + 2]},
+        incoming, needed);
+    gradients.resize(3 + kDifferentiable + 3);  // args, saved_forward, output_mask have none
+    return refuse_third_derivative(std::move(gradients));
+  }
+
+ private:
+  static variable_list refuse_third_derivative(variable_list gradients) {
+    if (!c10::GradMode::is_enabled()) return gradients;
+    for (auto& gradient : gradients) {
+      if (!gradient.defined()) continue;
+      const auto error = c10::make_intrusive<torch::autograd::DelayedError>(
+          "mixed_attention: the third derivative is not available", 1);
+      gradient = (*error)({gradient.detach().requires_grad_()})[0];
+    }
+    return gradients;
+  }
+};
+
+/// output, self_lse, memory_lse. Saves the arguments, the log-sum-exps and what the rule's backward
+/// reads: the joint output, or for the gate the outputs over each side.
+class Attention : public torch::autograd::Function<Attention> {
+ public:
+  static variable_list forward(
+      AutogradContext* ctx, const Tensor& /*query*/, const Tensor& /*key*/, const Tensor& /*value*/,
+      const Tensor& /*memory_key*/, const Tensor& /*memory_value*/, const Tensor& /*mix*/,
+      const OptionalTensor& /*attn_mask*/, const OptionalTensor& /*memory_mask*/,
+      const Arguments& args) {
+    at::AutoDispatchBelowADInplaceOrView guard;
+    const auto [output, self_lse, memory_lse, self_output, memory_output] = call_forward(args);
+    auto saved = save_arguments(ctx, args);
+    const auto kept_output = args.joint() ? output : Tensor();
+    saved.insert(saved.end(), {kept_output, self_lse, memory_lse, self_output, memory_output});
+    ctx->save_for_backward(std::move(saved));
+    return {output, self_lse, memory_lse};
+  }
+
+  static variable_list backward(AutogradContext* ctx, variable_list grads) {
+    const auto saved = ctx->get_saved_variables();
+    const auto args = restore_arguments(ctx, saved);
+    const auto* kept = saved.data() + kSavedArguments;
+    // The gate's backward does not read the output; the schema wants a tensor.
+    const auto& output = kept[0].defined() ? kept[0] : kept[3];
+    const auto gradients = call_backward(
+        {grads[0], grads[1], grads[2]}, args, {output, kept[1], kept[2], kept[3], kept[4]},
+        needed_gradients(ctx, args));
+    auto result = std::apply([](auto&... each) { return variable_list{each...}; }, gradients);
+    const auto needed = needed_gradients(ctx, args);
+    for (size_t i = 0; i < kDifferentiable; ++i) {
+      if (!needed[i]) result[i] = Tensor();
+    }
+    result.emplace_back();  // args
+    return result;
+  }
+};
+
+/// Dropout's randomness enters here, by PyTorch's generator; below, everything is a pure function.
+OptionalTensor draw_seed(double dropout_p) {
+  if (dropout_p == 0.0) return std::nullopt;
+  return at::randint(
+      0, std::numeric_limits<int64_t>::max(), {}, at::TensorOptions().dtype(at::kLong));
+}
+
+std::tuple<Tensor, Tensor, Tensor> mixed_attention_below_autograd(
+    const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& memory_key,
+    const Tensor& memory_value, const Tensor& mix, std::string_view rule,
+    const OptionalTensor& attn_mask, const OptionalTensor& memory_mask,
+    const OptionalTensor& memory_index, double dropout_p, bool is_causal,
+    std::optional<double> scale, bool enable_gqa) {
+  const Arguments args{query,        key,          value,     memory_key,
+                       memory_value, mix,          rule,      attn_mask,
+                       memory_mask,  memory_index, dropout_p, draw_seed(dropout_p),
+                       is_causal,    scale,        enable_gqa};
+  const auto [output, self_lse, memory_lse, self_output, memory_output] = call_forward(args);
+  return {output, self_lse, memory_lse};
+}
+
+std::tuple<Tensor, Tensor, Tensor> mixed_attention_autograd(
+    const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& memory_key,
+    const Tensor& memory_value, const Tensor& mix, std::string_view rule,
+    const OptionalTensor& attn_mask, const OptionalTensor& memory_mask,
+    const OptionalTensor& memory_index, double dropout_p, bool is_causal,
+    std::optional<double> scale, bool enable_gqa) {
+  Arguments args{query,     key,          value,     memory_key,  memory_value,
+                 mix,       rule,         attn_mask, memory_mask, memory_index,
+                 dropout_p, std::nullopt, is_causal, scale,       enable_gqa};
+  if (!c10::GradMode::is_enabled() || !any_requires_grad(differentiable(args))) {
+    at::AutoDispatchBelowADInplaceOrView guard;
+    return mixed_attention_below_autograd(
+        query, key, value, memory_key, memory_value, mix, rule, attn_mask, memory_mask,
+        memory_index, dropout_p, is_causal, scale, enable_gqa);
+  }
+  args.seed = draw_seed(dropout_p);
+  const auto outputs = Attention::apply(
+      query, key, value, memory_key, memory_value, mix, attn_mask, memory_mask, args);
+  return {outputs[0], outputs[1], outputs[2]};
+}
+
+Gradients backward_autograd(
+    const Tensor& grad_output, const Tensor& grad_self_lse, const Tensor& grad_memory_lse,
+    const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& memory_key,
+    const Tensor& memory_value, const Tensor& mix, std::string_view rule,
+    const OptionalTensor& attn_mask, const OptionalTensor& memory_mask,
+    const OptionalTensor& memory_index, double dropout_p, const OptionalTensor& seed,
+    bool is_causal, std::optional<double> scale, bool enable_gqa, const Tensor& output,
+    const Tensor& self_lse, const Tensor& memory_lse, const Tensor& self_output,
+    const Tensor& memory_output, std::array<bool, 8> output_mask) {
+  const Arguments args{query,     key,  value,     memory_key,  memory_value,
+                       mix,       rule, attn_mask, memory_mask, memory_index,
+                       dropout_p, seed, is_causal, scale,       enable_gqa};
+  const Forward forward{output, self_lse, memory_lse, self_output, memory_output};
+  const bool differentiate =
+      c10::GradMode::is_enabled() &&
+      (grad_output.requires_grad() || grad_self_lse.requires_grad() ||
+       grad_memory_lse.requires_grad() || any_requires_grad(differentiable(args)));
+  if (!differentiate) {
+    at::AutoDispatchBelowADInplaceOrView guard;
+    return call_backward({grad_output, grad_self_lse, grad_memory_lse}, args, forward, output_mask);
+  }
+  const auto g = Backward::apply(
+      grad_output, grad_self_lse, grad_memory_lse, query, key, value, memory_key, memory_value, mix,
+      attn_mask, memory_mask, args, forward, output_mask);
+  return {g[0], g[1], g[2], g[3], g[4], g[5], g[6], g[7]};
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(mixhead, Autograd, m) {
+  m.impl("mixed_attention", mixed_attention_autograd);
+  m.impl("_mixed_attention_backward", backward_autograd);
+}
+
+// Reached where autograd is out of play (inference mode, a trace below autograd).
+TORCH_LIBRARY_IMPL(mixhead, CompositeExplicitAutograd, m) {
+  m.impl("mixed_attention", mixed_attention_below_autograd);
+}
+TORCH_LIBRARY_IMPL(mixhead, CPU, m) { m.impl("mixed_attention", mixed_attention_below_autograd); }
+TORCH_LIBRARY_IMPL(mixhead, Meta, m) { m.impl("mixed_attention", mixed_attention_below_autograd); }
+
+}  // namespace mixhead::mixed

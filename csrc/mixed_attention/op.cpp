@@ -1,0 +1,253 @@
+#include "mixed_attention/op.h"
+
+#include <ATen/core/dispatch/Dispatcher.h>
+#include <ATen/ops/aminmax.h>
+#include <torch/library.h>
+
+#include <cmath>
+
+#include "checks.h"
+#include "mixed_attention/arguments.h"
+
+namespace mixhead {
+namespace mixed {
+namespace {
+
+constexpr const char* kOp = "mixed_attention";
+using checks::equal;
+using checks::shape;
+
+/// The leading dimensions of query, then `tail`.
+c10::SymDimVector like_query(const Tensor& query, std::initializer_list<c10::SymInt> tail) {
+  const auto sizes = query.sym_sizes();
+  c10::SymDimVector result(sizes.begin(), sizes.end() - 3);
+  result.append(tail.begin(), tail.end());
+  return result;
+}
+
+void check_options(const Arguments& args) {
+  MIXHEAD_CHECK(
+      args.rule == "gate" || args.rule == "joint", kOp,
+      "rule must be \"gate\" or \"joint\", got \"", args.rule, "\"");
+  MIXHEAD_CHECK(
+      args.dropout_p >= 0.0 && args.dropout_p <= 1.0, kOp, "dropout_p must be in [0, 1], got ",
+      args.dropout_p);
+  MIXHEAD_CHECK(
+      !args.scale || std::isfinite(*args.scale), kOp, "scale must be finite, got ",
+      args.scale.value_or(0.0));
+}
+
+void check_query(const Tensor& query) {
+  checks::floating(kOp, "query", query, 3);
+  MIXHEAD_CHECK(
+      query.layout() == at::kStrided, kOp, "query must be a dense tensor, got layout ",
+      query.layout());
+  MIXHEAD_CHECK(
+      checks::at_least_one(query.sym_size(-1)) && checks::at_least_one(query.sym_size(-3)), kOp,
+      "query must have at least one head and one channel, got ", shape(query));
+}
+
+/// Leading dimensions (batch) of `tensor` equal those of query.
+void check_batch(const char* name, const Tensor& tensor, const Tensor& query) {
+  bool same = tensor.dim() == query.dim();
+  for (int64_t i = 0; same && i < query.dim() - 3; ++i) {
+    same = equal(tensor.sym_size(i), query.sym_size(i));
+  }
+  MIXHEAD_CHECK(
+      same, kOp, name, " must have the batch dimensions of query ", shape(query), ", got ",
+      shape(tensor));
+}
+
+void check_sequence(const Arguments& args) {
+  const auto& [query, key, value] = std::tie(args.query, args.key, args.value);
+  checks::companion(kOp, "key", key, query, "query");
+  checks::companion(kOp, "value", value, query, "query");
+  check_batch("key", key, query);
+  check_batch("value", value, query);
+  MIXHEAD_CHECK(
+      equal(key.sym_size(-1), query.sym_size(-1)), kOp, "key must have ", query.sym_size(-1),
+      " channels like query, got ", shape(key));
+  const auto& heads = key.sym_size(-3);
+  if (args.enable_gqa) {
+    MIXHEAD_CHECK(
+        checks::at_least_one(heads) && equal(query.sym_size(-3) % heads, 0), kOp,
+        "key must have a number of heads that divides query's ", query.sym_size(-3),
+        " with enable_gqa, got ", shape(key));
+  } else {
+    MIXHEAD_CHECK(
+        equal(heads, query.sym_size(-3)), kOp, "key must have ", query.sym_size(-3),
+        " heads like query (or set enable_gqa), got ", shape(key));
+  }
+  MIXHEAD_CHECK(
+      equal(value.sym_size(-3), heads), kOp, "value must have ", heads, " heads like key, got ",
+      shape(value));
+  MIXHEAD_CHECK(
+      equal(value.sym_size(-2), key.sym_size(-2)), kOp, "value must have ", key.sym_size(-2),
+      " rows like key, got ", shape(value));
+}
+
+void check_memory(const Arguments& args) {
+  const auto& [query, key, value] = std::tie(args.query, args.key, args.value);
+  const auto& [memory_key, memory_value] = std::tie(args.memory_key, args.memory_value);
+  const auto check_one = [&](const char* name, const Tensor& memory) {
+    checks::companion(kOp, name, memory, query, "query");
+    MIXHEAD_CHECK(
+        memory.dim() == 3 || memory.dim() == query.dim(), kOp, name, " must have 3 dimensions ",
+        "(shared by the batch) or ", query.dim(), " like query, got ", shape(memory));
+    if (memory.dim() != 3) check_batch(name, memory, query);
+    MIXHEAD_CHECK(
+        equal(memory.sym_size(-3), key.sym_size(-3)), kOp, name, " must have ", key.sym_size(-3),
+        " heads like key, got ", shape(memory));
+  };
+  check_one("memory_key", memory_key);
+  check_one("memory_value", memory_value);
+  MIXHEAD_CHECK(
+      equal(memory_key.sym_size(-1), query.sym_size(-1)), kOp, "memory_key must have ",
+      query.sym_size(-1), " channels like query, got ", shape(memory_key));
+  MIXHEAD_CHECK(
+      equal(memory_value.sym_size(-1), value.sym_size(-1)), kOp, "memory_value must have ",
+      value.sym_size(-1), " channels like value, got ", shape(memory_value));
+  MIXHEAD_CHECK(
+      memory_value.dim() == memory_key.dim() &&
+          equal(memory_value.sym_size(-2), memory_key.sym_size(-2)),
+      kOp, "memory_value must have ", memory_key.sym_size(-2), " slots and ", memory_key.dim(),
+      " dimensions like memory_key, got ", shape(memory_value));
+}
+
+void check_mix(const Arguments& args) {
+  const auto& [query, mix] = std::tie(args.query, args.mix);
+  checks::companion(kOp, "mix", mix, query, "query", /*float32_too=*/true);
+  const auto target = like_query(query, {query.sym_size(-3), query.sym_size(-2), 1});
+  if (checks::broadcasts_to(mix, target)) return;
+  MIXHEAD_CHECK(
+      !args.joint(), kOp, "mix must broadcast to ", shape(target), " with rule \"joint\", got ",
+      shape(mix));
+  auto per_channel = target;
+  per_channel.back() = args.value.sym_size(-1);
+  MIXHEAD_CHECK(
+      checks::broadcasts_to(mix, per_channel), kOp, "mix must broadcast to ", shape(target), " or ",
+      shape(per_channel), ", got ", shape(mix));
+}
+
+bool has_values(const Tensor& tensor) {
+  return !tensor.is_meta() && !tensor.unsafeGetTensorImpl()->is_python_dispatch() &&
+         tensor.has_storage() && tensor.numel() > 0;
+}
+
+void check_index(const Arguments& args) {
+  if (!args.memory_index) return;
+  const auto& [query, index] = std::tie(args.query, *args.memory_index);
+  MIXHEAD_CHECK(
+      index.scalar_type() == at::kLong, kOp, "memory_index must be int64, got ",
+      index.scalar_type());
+  MIXHEAD_CHECK(
+      index.device() == query.device(), kOp, "memory_index must be on ", query.device(),
+      " like query, got ", index.device());
+  MIXHEAD_CHECK(
+      index.dim() == query.dim(), kOp, "memory_index must have ", query.dim(),
+      " dimensions like query, got ", shape(index));
+  check_batch("memory_index", index, query);
+  MIXHEAD_CHECK(
+      equal(index.sym_size(-3), query.sym_size(-3)) &&
+          equal(index.sym_size(-2), query.sym_size(-2)),
+      kOp, "memory_index must have ", query.sym_size(-3), " heads and ", query.sym_size(-2),
+      " rows like query, got ", shape(index));
+  if (!has_values(index)) return;
+  const auto [lowest, highest] = at::aminmax(index);
+  const auto low = lowest.item<int64_t>(), high = highest.item<int64_t>();
+  const auto slots = args.memory_key.sym_size(-2);
+  MIXHEAD_CHECK(
+      low >= -1 && high < slots, kOp, "memory_index must name slots in [-1, ", slots,
+      "), got values from ", low, " to ", high);
+}
+
+}  // namespace
+
+void check(const Arguments& args) {
+  check_options(args);
+  check_query(args.query);
+  check_sequence(args);
+  check_memory(args);
+  check_mix(args);
+  const auto heads = args.query.sym_size(-3), rows = args.query.sym_size(-2);
+  if (args.attn_mask) {
+    checks::mask(
+        kOp, "attn_mask", *args.attn_mask, args.query,
+        like_query(args.query, {heads, rows, args.key.sym_size(-2)}));
+  }
+  if (args.memory_mask) {
+    checks::mask(
+        kOp, "memory_mask", *args.memory_mask, args.query,
+        like_query(args.query, {heads, rows, args.memory_key.sym_size(-2)}));
+  }
+  check_index(args);
+}
+
+double Arguments::scale_or_default() const {
+  return scale.value_or(1.0 / std::sqrt(static_cast<double>(query.size(-1))));
+}
+
+std::array<Tensor, kDifferentiable> differentiable(const Arguments& args) {
+  return {
+      args.query,
+      args.key,
+      args.value,
+      args.memory_key,
+      args.memory_value,
+      args.mix,
+      args.attn_mask.value_or(Tensor()),
+      args.memory_mask.value_or(Tensor())};
+}
+
+Arguments with_differentiable(Arguments args, const std::array<Tensor, kDifferentiable>& tensors) {
+  args.query = tensors[0];
+  args.key = tensors[1];
+  args.value = tensors[2];
+  args.memory_key = tensors[3];
+  args.memory_value = tensors[4];
+  args.mix = tensors[5];
+  if (args.attn_mask) args.attn_mask = tensors[6];
+  if (args.memory_mask) args.memory_mask = tensors[7];
+  return args;
+}
+
+Forward call_forward(const Arguments& args) {
+  static const auto op = c10::Dispatcher::singleton()
+                             .findSchemaOrThrow("mixhead::_mixed_attention_forward", "")
+                             .typed<ForwardSignature>();
+  return op.call(
+      args.query, args.key, args.value, args.memory_key, args.memory_value, args.mix, args.rule,
+      args.attn_mask, args.memory_mask, args.memory_index, args.dropout_p, args.seed,
+      args.is_causal, args.scale, args.enable_gqa);
+}
+
+Gradients call_backward(
+    const std::array<Tensor, 3>& grads, const Arguments& args, const Forward& forward,
+    OutputMask output_mask) {
+  static const auto op = c10::Dispatcher::singleton()
+                             .findSchemaOrThrow("mixhead::_mixed_attention_backward", "")
+                             .typed<BackwardSignature>();
+  const auto& [output, self_lse, memory_lse, self_output, memory_output] = forward;
+  return op.call(
+      grads[0], grads[1], grads[2], args.query, args.key, args.value, args.memory_key,
+      args.memory_value, args.mix, args.rule, args.attn_mask, args.memory_mask, args.memory_index,
+      args.dropout_p, args.seed, args.is_causal, args.scale, args.enable_gqa, output, self_lse,
+      memory_lse, self_output, memory_output, output_mask);
+}
+
+}  // namespace mixed
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor> mixed_attention(
+    const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,
+    const at::Tensor& memory_key, const at::Tensor& memory_value, const at::Tensor& mix,
+    const MixedAttentionOptions& options) {
+  static const auto op = c10::Dispatcher::singleton()
+                             .findSchemaOrThrow("mixhead::mixed_attention", "")
+                             .typed<mixed::PublicSignature>();
+  return op.call(
+      query, key, value, memory_key, memory_value, mix, options.rule, options.attn_mask,
+      options.memory_mask, options.memory_index, options.dropout_p, options.is_causal,
+      options.scale, options.enable_gqa);
+}
+
+}  // namespace mixhead

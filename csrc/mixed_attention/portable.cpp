@@ -1,0 +1,215 @@
+#include <ATen/TensorOperators.h>
+#include <ATen/ops/arange.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/sigmoid.h>
+#include <ATen/ops/where.h>
+#include <torch/library.h>
+
+#include <limits>
+
+#include "chunked.h"
+#include "dense.h"
+#include "mixed_attention/arguments.h"
+
+namespace mixhead::mixed {
+namespace {
+
+using chunked::Axes;
+using chunked::Chunk;
+using chunked::Problem;
+using Tensors = std::vector<Tensor>;
+
+constexpr double kInfinity = std::numeric_limits<double>::infinity();
+
+struct Side {
+  Tensor output;  // (b, Hq, rows, Dv)
+  Tensor lse;     // (b, Hq, rows, 1)
+};
+
+/// What the formula needs beside the operands, fixed for one call of the op.
+struct Constants {
+  bool joint, is_causal;
+  int64_t query_heads, rows, keys;
+  double scale, dropout_p;
+  int64_t seed;
+};
+
+/// Each query row's number (batch * Hq + head) * L + query, the counter of dropout.
+Tensor row_numbers(const Tensor& query, const Chunk& chunk, const Constants& constants) {
+  const auto options = query.options().dtype(at::kLong);
+  const auto first_head = chunk.head * (query.size(1) / chunk.heads);
+  const auto batch = at::arange(chunk.batch, chunk.batch + query.size(0), options);
+  const auto head = at::arange(first_head, first_head + query.size(1), options);
+  const auto row = at::arange(chunk.row, chunk.row + chunk.rows, options);
+  const auto heads = batch.view({-1, 1, 1, 1}) * constants.query_heads + head.view({1, -1, 1, 1});
+  return heads * constants.rows + row.view({1, 1, -1, 1});
+}
+
+/// The dropped weights and the log-sum-exp (before dropout) of one side's masked scores.
+std::pair<Tensor, Tensor> weights_of(
+    const Tensor& scores, int64_t side, const Tensor& query, const Chunk& chunk,
+    const Constants& constants) {
+  auto [weights, lse] = dense::softmax(scores);
+  if (constants.dropout_p > 0.0 && scores.size(-1) > 0) {
+    const auto rows = dense::grouped(row_numbers(query, chunk, constants), scores.size(1));
+    weights =
+        weights * dense::dropout_factors(weights, rows, constants.seed, side, constants.dropout_p);
+  }
+  return {weights, lse.flatten(1, 2)};
+}
+
+Side attend_sequence(const Tensors& in, const Chunk& chunk, const Constants& constants) {
+  const auto &query = in[0], &key = in[1], &value = in[2], &mask = in[6];
+  auto scores = dense::masked(dense::products(query, key) * constants.scale, mask);
+  if (constants.is_causal) {
+    scores = dense::causal(scores, chunk.row, constants.keys - constants.rows);
+  }
+  const auto [weights, lse] = weights_of(scores, 0, query, chunk, constants);
+  return {dense::weighted_sum(weights, value), lse};
+}
+
+Side attend_memory(const Tensors& in, const Chunk& chunk, const Constants& constants) {
+  const auto &query = in[0], &key = in[3], &value = in[4], &mask = in[7];
+  const auto scores = dense::masked(dense::products(query, key) * constants.scale, mask);
+  const auto [weights, lse] = weights_of(scores, 1, query, chunk, constants);
+  return {dense::weighted_sum(weights, value), lse};
+}
+
+/// Memory attention where each query reads only the slots it names.
+Side attend_named_slots(const Tensors& in, const Chunk& chunk, const Constants& constants) {
+  const auto &query = in[0], &key = in[3], &value = in[4], &mask = in[7], &index = in[8];
+  const auto heads = key.size(1);
+  const auto keys = dense::gather(key, index);
+  auto scores = (keys * dense::grouped(query, heads).unsqueeze(-2)).sum(-1) * constants.scale;
+  if (mask.defined()) {
+    const auto wide = mask.expand({index.size(0), index.size(1), index.size(2), key.size(2)});
+    scores = dense::masked(scores, wide.gather(-1, index.clamp_min(0)));
+  }
+  scores = scores.masked_fill(dense::grouped(index, heads) < 0, -kInfinity);
+  const auto [weights, lse] = weights_of(scores, 1, query, chunk, constants);
+  const auto output = (dense::gather(value, index) * weights.unsqueeze(-1)).sum(-2);
+  return {output.flatten(1, 2), lse};
+}
+
+/// w: sigmoid(mix), or with rule "joint" sigmoid(mix + l_m - l_s); 0 or 1 where one side is empty.
+Tensor memory_weight(const Tensor& mix, const Side& self, const Side& memory, bool joint) {
+  const auto self_empty = self.lse == -kInfinity, memory_empty = memory.lse == -kInfinity;
+  auto logit = mix;
+  if (joint) {
+    logit = mix + (memory.lse - self.lse).masked_fill(self_empty.logical_or(memory_empty), 0.0);
+  }
+  const auto weight = at::where(self_empty, 1.0, at::sigmoid(logit));
+  return at::where(memory_empty, 0.0, weight);
+}
+
+/// (output, self_lse, memory_lse, self_output, memory_output) of one chunk.
+Tensors formula(const Tensors& in, const Chunk& chunk, const Constants& constants) {
+  const auto self = attend_sequence(in, chunk, constants);
+  const bool named = in[8].defined() && in[3].size(2) > 0;
+  const auto memory =
+      named ? attend_named_slots(in, chunk, constants) : attend_memory(in, chunk, constants);
+  const auto weight = memory_weight(in[5], self, memory, constants.joint);
+  const auto output = self.output * (1.0 - weight) + memory.output * weight;
+  return {output, self.lse, memory.lse, self.output, memory.output};
+}
+
+Problem problem_of(const Arguments& args) {
+  const auto keys = args.key.size(-2), slots = args.memory_key.size(-2);
+  const auto depth = args.query.size(-1) + args.value.size(-1);
+  const auto named = args.memory_index ? args.memory_index->size(-1) * depth : slots;
+  Problem problem(args.query, args.key.size(-3), keys + named + depth, (keys + slots) * depth);
+  const auto tensors = differentiable(args);
+  constexpr std::array<Axes, kDifferentiable> axes{Axes::query, Axes::key,  Axes::key,
+                                                   Axes::key,   Axes::key,  Axes::query,
+                                                   Axes::query, Axes::query};
+  for (size_t i = 0; i < kDifferentiable; ++i) problem.operands.push_back({tensors[i], axes[i]});
+  problem.operands.push_back({args.memory_index.value_or(Tensor()), Axes::query});
+  const Constants constants{
+      args.joint(),
+      args.is_causal,
+      args.query.size(-3),
+      args.query.size(-2),
+      keys,
+      args.scale_or_default(),
+      args.dropout_p,
+      args.seed ? args.seed->item<int64_t>() : 0};
+  problem.formula = [constants](const Tensors& in, const Chunk& chunk) {
+    return formula(in, chunk, constants);
+  };
+  return problem;
+}
+
+Forward forward_portable(
+    const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& memory_key,
+    const Tensor& memory_value, const Tensor& mix, std::string_view rule,
+    const OptionalTensor& attn_mask, const OptionalTensor& memory_mask,
+    const OptionalTensor& memory_index, double dropout_p, const OptionalTensor& seed,
+    bool is_causal, std::optional<double> scale, bool enable_gqa) {
+  const Arguments args{query,     key,  value,     memory_key,  memory_value,
+                       mix,       rule, attn_mask, memory_mask, memory_index,
+                       dropout_p, seed, is_causal, scale,       enable_gqa};
+  check(args);
+  at::DimVector rows(query.sizes().begin(), query.sizes().end() - 1), wide = rows;
+  wide.push_back(value.size(-1));
+  const auto lse_options =
+      query.options().dtype(query.scalar_type() == at::kDouble ? at::kDouble : at::kFloat);
+  const auto output = at::empty(wide, query.options());
+  const auto self_lse = at::empty(rows, lse_options), memory_lse = at::empty(rows, lse_options);
+  const at::DimVector side = args.joint() ? at::DimVector{0} : wide;
+  const auto self_output = at::empty(side, query.options());
+  const auto memory_output = at::empty(side, query.options());
+  std::vector<Tensor> outputs{output, self_lse.unsqueeze(-1), memory_lse.unsqueeze(-1)};
+  if (!args.joint()) outputs.insert(outputs.end(), {self_output, memory_output});
+  chunked::forward(problem_of(args), outputs);
+  return {output, self_lse, memory_lse, self_output, memory_output};
+}
+
+Gradients backward_portable(
+    const Tensor& grad_output, const Tensor& grad_self_lse, const Tensor& grad_memory_lse,
+    const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& memory_key,
+    const Tensor& memory_value, const Tensor& mix, std::string_view rule,
+    const OptionalTensor& attn_mask, const OptionalTensor& memory_mask,
+    const OptionalTensor& memory_index, double dropout_p, const OptionalTensor& seed,
+    bool is_causal, std::optional<double> scale, bool enable_gqa, const Tensor& /*output*/,
+    const Tensor& /*self_lse*/, const Tensor& /*memory_lse*/, const Tensor& /*self_output*/,
+    const Tensor& /*memory_output*/, std::array<bool, 8> output_mask) {
+  const Arguments args{query,     key,  value,     memory_key,  memory_value,
+                       mix,       rule, attn_mask, memory_mask, memory_index,
+                       dropout_p, seed, is_causal, scale,       enable_gqa};
+  std::vector<bool> needed(output_mask.begin(), output_mask.end());
+  needed.push_back(false);  // memory_index
+  auto g = chunked::backward(
+      problem_of(args), {grad_output, grad_self_lse.unsqueeze(-1), grad_memory_lse.unsqueeze(-1)},
+      needed);
+  for (auto& gradient : g) {
+    if (!gradient.defined()) gradient = at::empty({0}, query.options());
+  }
+  return {g[0], g[1], g[2], g[3], g[4], g[5], g[6], g[7]};
+}
+
+}  // namespace
+
+std::vector<Tensor> double_backward(
+    const Arguments& args, const std::array<Tensor, 3>& grads,
+    const std::array<Tensor, kDifferentiable>& second_order,
+    const std::array<bool, 3 + kDifferentiable>& needed) {
+  Tensors partners(second_order.begin(), second_order.end());
+  partners.emplace_back();  // memory_index
+  std::vector<bool> wanted(needed.begin(), needed.end());
+  wanted.push_back(false);
+  auto result = chunked::double_backward(
+      problem_of(args), {grads[0], grads[1].unsqueeze(-1), grads[2].unsqueeze(-1)}, partners,
+      wanted);
+  for (size_t i = 1; i < 3; ++i) {
+    if (result[i].defined()) result[i] = result[i].squeeze(-1);
+  }
+  result.pop_back();
+  return result;
+}
+
+TORCH_LIBRARY_IMPL(mixhead, CompositeExplicitAutograd, m) {
+  m.impl("_mixed_attention_forward", forward_portable);
+  m.impl("_mixed_attention_backward", backward_portable);
+}
+
+}  // namespace mixhead::mixed
