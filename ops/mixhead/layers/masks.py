@@ -23,13 +23,15 @@ def sequence_mask(
     """Both masks of torch.nn.MultiheadAttention as the operator's one, not expanded: it broadcasts
     to ``(B, Hq, L, S)``."""
     if key_padding_mask is not None:
-        _check_mask("key_padding_mask", key_padding_mask, [[batch, keys]])
+        _check_mask("key_padding_mask", key_padding_mask, [batch, keys])
         key_padding_mask = _may_read(key_padding_mask).view(batch, 1, 1, keys)
     if attn_mask is not None:
-        _check_mask("attn_mask", attn_mask, [[length, keys], [batch * num_heads, length, keys]])
-        attn_mask = _may_read(attn_mask)
         if attn_mask.dim() == 3:
-            attn_mask = attn_mask.view(batch, num_heads, length, keys)
+            _check_mask("attn_mask", attn_mask, [batch * num_heads, length, keys])
+            attn_mask = attn_mask.unflatten(0, [batch, num_heads])
+        else:
+            _check_mask("attn_mask", attn_mask, [length, keys])
+        attn_mask = _may_read(attn_mask)
     if key_padding_mask is None:
         return attn_mask
     if attn_mask is None:
@@ -52,11 +54,10 @@ def _may_read(mask: Tensor) -> Tensor:
     return mask.logical_not() if mask.dtype == torch.bool else mask
 
 
-def _check_mask(name: str, mask: Tensor, shapes: list[list[int]]) -> None:
-    if list(mask.shape) not in shapes:
-        expected = " or ".join([str(shape) for shape in shapes])
+def _check_mask(name: str, mask: Tensor, shape: list[int]) -> None:
+    if list(mask.shape) != shape:
         raise ValueError(
-            f"MixedMultiheadAttention: {name} must have shape {expected}, got {shape_text(mask)}"
+            f"MixedMultiheadAttention: {name} must have shape {shape}, got {shape_text(mask)}"
         )
     if mask.dtype != torch.bool and not mask.is_floating_point():
         raise ValueError(
