@@ -1,11 +1,24 @@
 """Attention heads that mix self-attention with attention over an external memory."""
 
-from mixhead import _library
+from mixhead import _library, distributed
 from mixhead._version import __version__
+from mixhead.functional import merge_attention, mixed_attention
+from mixhead.layers import MixedMultiheadAttention
+from mixhead.memory import MemoryBank
+from mixhead.optim import recommended_parameter_groups
 
 _library.load()
 
-#: Goes into ``CMAKE_PREFIX_PATH`` of a CMake project, whose ``find_package(mixhead)`` then finds this.
+#: What a CMake project puts in ``CMAKE_PREFIX_PATH`` so that ``find_package(mixhead)`` works.
 cmake_prefix_path = str(_library.prefix())
 
-__all__ = ["__version__", "cmake_prefix_path"]
+__all__ = [
+    "MemoryBank",
+    "MixedMultiheadAttention",
+    "__version__",
+    "cmake_prefix_path",
+    "distributed",
+    "merge_attention",
+    "mixed_attention",
+    "recommended_parameter_groups",
+]

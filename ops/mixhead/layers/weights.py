@@ -26,7 +26,7 @@ def mixed_attention_weights(
     """
     self_weights = _softmax_weights(query, key, self_lse, attn_mask, is_causal)
     memory_weights = _softmax_weights(query, memory_key, memory_lse, memory_mask, False)
-    share = _memory_share(mix, self_lse, memory_lse, rule)
+    share = memory_share(mix, self_lse, memory_lse, rule).mean(dim=-1, keepdim=True)
     weights = torch.cat([(1 - share) * self_weights, share * memory_weights], dim=-1)
     return weights.to(query.dtype)
 
@@ -53,14 +53,14 @@ def _softmax_weights(
     return torch.exp(scores - finite.unsqueeze(-1))
 
 
-def _memory_share(mix: Tensor, self_lse: Tensor, memory_lse: Tensor, rule: str) -> Tensor:
-    """The memory's share ``w`` of a query's attention, broadcastable to ``(B, Hq, L, 1)``."""
+def memory_share(mix: Tensor, self_lse: Tensor, memory_lse: Tensor, rule: str) -> Tensor:
+    """The memory's share ``w`` of a query's attention, ``(B, Hq, L, 1)`` or one per channel; all or
+    nothing where the query may read nothing on one side."""
     reads_nothing_self = (self_lse == -math.inf).unsqueeze(-1)
     reads_nothing_memory = (memory_lse == -math.inf).unsqueeze(-1)
     logit = mix.to(self_lse.dtype)
     if rule == "joint":
         logit = logit + memory_lse.unsqueeze(-1).masked_fill(reads_nothing_memory, 0.0)
         logit = logit - self_lse.unsqueeze(-1).masked_fill(reads_nothing_self, 0.0)
-    share = torch.sigmoid(logit).mean(dim=-1, keepdim=True)
-    share = share.masked_fill(reads_nothing_self, 1.0)
+    share = torch.sigmoid(logit).masked_fill(reads_nothing_self, 1.0)
     return share.masked_fill(reads_nothing_memory, 0.0)

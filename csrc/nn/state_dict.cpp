@@ -1,0 +1,138 @@
+#include "nn/state_dict.h"
+
+#include <ATen/core/Dict.h>
+#include <c10/util/Exception.h>
+#include <caffe2/serialize/inline_container.h>
+#include <torch/csrc/autograd/grad_mode.h>
+#include <torch/csrc/jit/serialization/pickler.h>
+#include <torch/serialize.h>
+
+#include <filesystem>
+#include <fstream>
+#include <iterator>
+#include <map>
+#include <set>
+#include <vector>
+
+#include "nn/mixed_multihead_attention.h"
+
+namespace mixhead::nn {
+namespace {
+
+using StateDict = std::map<std::string, at::Tensor>;
+
+StateDict state_dict(const torch::nn::Module& module) {
+  StateDict state;
+  for (const auto& parameter : module.named_parameters()) {
+    state.emplace(parameter.key(), parameter.value());
+  }
+  for (const auto& buffer : module.named_buffers()) {
+    state.emplace(buffer.key(), buffer.value());
+  }
+  return state;
+}
+
+void write(const c10::Dict<std::string, at::Tensor>& state, const std::string& path) {
+  caffe2::serialize::PyTorchStreamWriter writer(path);
+  std::string pickle;
+  // Without type tags, which Python's weights_only does not read.
+  torch::jit::Pickler pickler(
+      [&pickle](const char* bytes, size_t count) { pickle.append(bytes, count); }, nullptr,
+      nullptr, nullptr, {}, /*tag_aggregates=*/false);
+  pickler.protocol();
+  pickler.pushIValue(state);
+  pickler.stop();
+  writer.writeRecord("data.pkl", pickle.data(), pickle.size());
+  size_t index = 0;
+  for (const at::Tensor& tensor : pickler.tensorData()) {
+    writer.writeRecord(
+        "data/" + std::to_string(index++), tensor.storage().data(), tensor.storage().nbytes());
+  }
+  writer.writeEndOfFile();
+}
+
+StateDict read(const std::string& path) {
+  std::ifstream file(path, std::ios::binary);
+  TORCH_CHECK(file, "load_state_dict: can't read '", path, "'");
+  const std::vector<char> bytes{std::istreambuf_iterator<char>(file), {}};
+  try {
+    StateDict state;
+    for (const auto& entry : torch::pickle_load(bytes).toGenericDict()) {
+      state.emplace(entry.key().toStringRef(), entry.value().toTensor());
+    }
+    return state;
+  } catch (const std::exception&) {
+    TORCH_CHECK(
+        false, "load_state_dict: '", path, "' is no dict of tensors; save one in C++ with "
+        "save_state_dict(module, path), in Python with torch.save(dict(module.state_dict()), path)");
+  }
+}
+
+/// The names of a MixedMultiheadAttention that torch.nn.MultiheadAttention lacks, wherever `state`
+/// has none of them.
+std::set<std::string> additions_absent(const torch::nn::Module& module, const StateDict& state) {
+  std::set<std::string> absent;
+  for (const auto& child : module.named_modules("", /*include_self=*/true)) {
+    const auto* attention = child.value()->as<MixedMultiheadAttentionImpl>();
+    if (!attention) {
+      continue;
+    }
+    const std::string prefix = child.key().empty() ? "" : child.key() + ".";
+    std::set<std::string> additions;
+    bool any_present = false;
+    for (const auto& [name, tensor] : state_dict(*attention)) {
+      if (name.starts_with("mix") || name.starts_with("memory_")) {
+        additions.insert(prefix + name);
+        any_present = any_present || state.count(prefix + name);
+      }
+    }
+    if (!any_present) {
+      absent.merge(additions);
+    }
+  }
+  return absent;
+}
+
+void check(const torch::nn::Module& module, const StateDict& saved, const std::string& path) {
+  const StateDict own = state_dict(module);
+  const std::set<std::string> optional = additions_absent(module, saved);
+  for (const auto& [name, tensor] : own) {
+    const auto found = saved.find(name);
+    TORCH_CHECK(
+        found != saved.end() || optional.count(name), "load_state_dict: '", path, "' has no ",
+        name);
+    TORCH_CHECK(
+        found == saved.end() || found->second.sizes() == tensor.sizes(), "load_state_dict: ", name,
+        " must have shape ", tensor.sizes(), ", got ", found->second.sizes(), " in '", path, "'");
+  }
+  for (const auto& [name, tensor] : saved) {
+    TORCH_CHECK(
+        own.count(name), "load_state_dict: '", path, "' has ", name, ", which the module has not");
+  }
+}
+
+}  // namespace
+
+void save_state_dict(const torch::nn::Module& module, const std::string& path) {
+  c10::Dict<std::string, at::Tensor> state;
+  for (const auto& [name, tensor] : state_dict(module)) {
+    state.insert(name, tensor.detach().cpu().contiguous().clone());
+  }
+  const std::string unfinished = path + ".unfinished";
+  write(state, unfinished);
+  std::filesystem::rename(unfinished, path);
+}
+
+void load_state_dict(torch::nn::Module& module, const std::string& path) {
+  const StateDict saved = read(path);
+  check(module, saved, path);
+  torch::NoGradGuard no_grad;
+  for (auto& [name, tensor] : state_dict(module)) {
+    const auto found = saved.find(name);
+    if (found != saved.end()) {
+      tensor.copy_(found->second);
+    }
+  }
+}
+
+}  // namespace mixhead::nn
