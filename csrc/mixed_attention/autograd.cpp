@@ -1,22 +1,18 @@
 #include <ATen/core/LegacyTypeDispatch.h>
-#include <ATen/ops/randint.h>
-#include <torch/csrc/autograd/custom_function.h>
-#include <torch/csrc/autograd/functions/basic_ops.h>
 #include <torch/library.h>
 
-#include <limits>
-
+#include "differentiate.h"
 #include "mixed_attention/arguments.h"
 
 namespace mixhead::mixed {
 namespace {
 
+using differentiate::any_requires_grad;
+using differentiate::draw_seed;
+using differentiate::needed_gradients;
+using differentiate::optional;
 using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
-
-OptionalTensor optional(const Tensor& tensor) {
-  return tensor.defined() ? OptionalTensor(tensor) : std::nullopt;
-}
 
 /// Saves everything in args; what restore_arguments reads back from the saved variables.
 variable_list save_arguments(AutogradContext* ctx, const Arguments& args) {
@@ -54,23 +50,6 @@ Arguments restore_arguments(AutogradContext* ctx, const variable_list& saved) {
   };
 }
 
-/// Which of the differentiable arguments, from edge `first` on, autograd asks a gradient for.
-OutputMask needed_gradients(AutogradContext* ctx, const Arguments& args, size_t first = 0) {
-  const auto tensors = differentiable(args);
-  OutputMask needed{};
-  size_t edge = first;
-  for (size_t i = 0; i < kDifferentiable; ++i) {
-    if (tensors[i].defined()) needed[i] = ctx->needs_input_grad(edge++);
-  }
-  return needed;
-}
-
-bool any_requires_grad(const std::array<Tensor, kDifferentiable>& tensors) {
-  return std::any_of(tensors.begin(), tensors.end(), [](const Tensor& tensor) {
-    return tensor.defined() && tensor.requires_grad();
-  });
-}
-
 /// The gradients of mixed_attention as a function that can be differentiated once more.
 class Backward : public torch::autograd::Function<Backward> {
  public:
@@ -97,25 +76,13 @@ class Backward : public torch::autograd::Function<Backward> {
     std::copy(second_order.begin(), second_order.end(), incoming.begin());
     std::array<bool, 3 + kDifferentiable> needed{};
     for (size_t i = 0; i < 3; ++i) needed[i] = ctx->needs_input_grad(i);
-    const auto needed_arguments = needed_gradients(ctx, args, 3);
+    const auto needed_arguments = needed_gradients(ctx, differentiable(args), 3);
     std::copy(needed_arguments.begin(), needed_arguments.end(), needed.begin() + 3);
     auto gradients = double_backward(
         args, {saved[kSavedArguments], saved[kSavedArguments + 1], saved[kSavedArguments + 2]},
         incoming, needed);
     gradients.resize(3 + kDifferentiable + 3);  // args, saved_forward, output_mask have none
-    return refuse_third_derivative(std::move(gradients));
-  }
-
- private:
-  static variable_list refuse_third_derivative(variable_list gradients) {
-    if (!c10::GradMode::is_enabled()) return gradients;
-    for (auto& gradient : gradients) {
-      if (!gradient.defined()) continue;
-      const auto error = c10::make_intrusive<torch::autograd::DelayedError>(
-          "mixed_attention: the third derivative is not available", 1);
-      gradient = (*error)({gradient.detach().requires_grad_()})[0];
-    }
-    return gradients;
+    return differentiate::refuse_third_derivative("mixed_attention", std::move(gradients), saved);
   }
 };
 
@@ -143,11 +110,10 @@ class Attention : public torch::autograd::Function<Attention> {
     const auto* kept = saved.data() + kSavedArguments;
     // The gate's backward does not read the output; the schema wants a tensor.
     const auto& output = kept[0].defined() ? kept[0] : kept[3];
+    const auto needed = needed_gradients(ctx, differentiable(args));
     const auto gradients = call_backward(
-        {grads[0], grads[1], grads[2]}, args, {output, kept[1], kept[2], kept[3], kept[4]},
-        needed_gradients(ctx, args));
+        {grads[0], grads[1], grads[2]}, args, {output, kept[1], kept[2], kept[3], kept[4]}, needed);
     auto result = std::apply([](auto&... each) { return variable_list{each...}; }, gradients);
-    const auto needed = needed_gradients(ctx, args);
     for (size_t i = 0; i < kDifferentiable; ++i) {
       if (!needed[i]) result[i] = Tensor();
     }
@@ -155,13 +121,6 @@ class Attention : public torch::autograd::Function<Attention> {
     return result;
   }
 };
-
-/// Dropout's randomness enters here, by PyTorch's generator; below, everything is a pure function.
-OptionalTensor draw_seed(double dropout_p) {
-  if (dropout_p == 0.0) return std::nullopt;
-  return at::randint(
-      0, std::numeric_limits<int64_t>::max(), {}, at::TensorOptions().dtype(at::kLong));
-}
 
 std::tuple<Tensor, Tensor, Tensor> mixed_attention_below_autograd(
     const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& memory_key,
