@@ -376,10 +376,9 @@ class MixedMultiheadAttention(nn.Module):
                 f"MixedMultiheadAttention: memory must have 2 or 3 dimensions, got "
                 f"{shape_text(memory)}"
             )
-        k_proj, v_proj = self.memory_k_proj, self.memory_v_proj
-        if k_proj is not None and v_proj is not None:
+        if self.memory_k_proj is not None and self.memory_v_proj is not None:
             self._check_memory_width(memory, self.embed_dim)
-            key, value = k_proj(memory), v_proj(memory)
+            key, value = self.memory_k_proj(memory), self.memory_v_proj(memory)
         else:
             if self.kdim != self.vdim:
                 raise ValueError(

@@ -1,0 +1,684 @@
+"""MixedMultiheadAttention against torch.nn.MultiheadAttention and against the dense reference."""
+
+import copy
+import io
+import itertools
+import math
+import re
+
+import pytest
+import reference
+import torch
+import torch.nn.functional as F
+from mixhead import MemoryBank, MixedMultiheadAttention
+from torch import nn
+
+EMBED, HEADS, LENGTH, KEYS, BATCH, SLOTS = 12, 4, 5, 6, 3, 7
+TOLERANCE = {torch.float64: {"rtol": 0, "atol": 1e-10}, torch.float32: {"rtol": 0, "atol": 1e-5}}
+
+
+def randomized(layer):
+    """Every parameter random, so that nothing passes because a bias or a gate is 0."""
+    for parameter in layer.parameters():
+        nn.init.normal_(parameter, std=0.5)
+    return layer
+
+
+def pair(dtype=torch.float64, **options):
+    """torch's layer and ours with the same weights."""
+    peer = randomized(nn.MultiheadAttention(EMBED, HEADS, dtype=dtype, **options))
+    ours = MixedMultiheadAttention(EMBED, HEADS, dtype=dtype, **options)
+    ours.load_state_dict(peer.state_dict())
+    return peer, ours
+
+
+def inputs(batched=True, batch_first=False, kdim=EMBED, vdim=EMBED, dtype=torch.float64, keys=KEYS):
+    tensors = []
+    for length, width in ((LENGTH, EMBED), (keys, kdim), (keys, vdim)):
+        shape = [length, width]
+        if batched:
+            shape.insert(0 if batch_first else 1, BATCH)
+        tensors.append(torch.randn(shape, dtype=dtype, requires_grad=True))
+    return tensors
+
+
+def masks(padding, pairs, batched, dtype):
+    """Masks in torch.nn's meaning (True: blocked) that leave every query a key."""
+    options = {}
+    batch = BATCH if batched else 1
+    if padding is not None:
+        mask = torch.zeros(batch, KEYS, dtype=torch.bool)
+        mask[0, -2:] = True
+        mask = mask if padding == "bool" else torch.randn(batch, KEYS, dtype=dtype)
+        options["key_padding_mask"] = mask if batched else mask[0]
+    if pairs is not None:
+        shape = (LENGTH, KEYS) if pairs.endswith("2") else (batch * HEADS, LENGTH, KEYS)
+        mask = torch.rand(shape) < 0.4
+        mask[..., 0] = False
+        options["attn_mask"] = mask if pairs.startswith("bool") else torch.randn(shape, dtype=dtype)
+    return options
+
+
+def compare_with_torch(peer, ours, tensors, options, dtype):
+    expected, actual = peer(*tensors, **options), ours(*tensors, **options)
+    tolerance = TOLERANCE[dtype]
+    torch.testing.assert_close(actual[0], expected[0], **tolerance)
+    assert (actual[1] is None) == (expected[1] is None)
+    if expected[1] is not None:
+        torch.testing.assert_close(actual[1], expected[1], **tolerance)
+    weights = [p for name, p in ours.named_parameters() if not name.startswith("mix")]
+    results = []
+    for outputs, parameters in ((expected, peer.parameters()), (actual, weights)):
+        loss = outputs[0].sin().sum()
+        if outputs[1] is not None:
+            loss = loss + outputs[1].square().sum()
+        leaves = {id(leaf): leaf for leaf in (*tensors, *parameters)}
+        results.append(torch.autograd.grad(loss, list(leaves.values())))
+    for mine, theirs in zip(results[1], results[0], strict=True):
+        torch.testing.assert_close(
+            mine, theirs, rtol=10 * tolerance["atol"], atol=tolerance["atol"]
+        )
+
+
+FLAGS = list(itertools.product([False, True], [False, True], [False, True]))
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize(("batched", "batch_first", "bias"), FLAGS)
+@pytest.mark.parametrize("padding", [None, "bool", "float"])
+@pytest.mark.parametrize("pairs", [None, "bool2", "bool3", "float2", "float3"])
+@pytest.mark.filterwarnings("ignore:Support for mismatched:UserWarning")
+def test_equals_torch_without_memory(dtype, batched, batch_first, bias, padding, pairs):
+    peer, ours = pair(dtype, bias=bias, batch_first=batch_first)
+    tensors = inputs(batched, batch_first, dtype=dtype)
+    options = masks(padding, pairs, batched, dtype)
+    compare_with_torch(peer, ours, tensors, options, dtype)
+
+
+@pytest.mark.parametrize("need_weights", [False, True])
+@pytest.mark.parametrize("average", [False, True])
+@pytest.mark.parametrize(("kdim", "vdim"), [(None, None), (8, None), (None, 10), (8, 10)])
+@pytest.mark.parametrize("batched", [False, True])
+def test_equals_torch_in_weights_and_widths(need_weights, average, kdim, vdim, batched):
+    peer, ours = pair(kdim=kdim, vdim=vdim)
+    tensors = inputs(batched, kdim=kdim or EMBED, vdim=vdim or EMBED)
+    options = {"need_weights": need_weights, "average_attn_weights": average}
+    compare_with_torch(peer, ours, tensors, options, torch.float64)
+
+
+@pytest.mark.parametrize("same", ["query is key is value", "key is value"])
+def test_equals_torch_where_inputs_are_one_tensor(same):
+    peer, ours = pair()
+    query, key, _ = inputs()
+    tensors = (query, query, query) if same.startswith("query") else (query, key, key)
+    compare_with_torch(peer, ours, tensors, {}, torch.float64)
+
+
+def test_is_causal_with_and_without_mask():
+    peer, ours = pair()
+    query = inputs()[0]
+    causal = torch.ones(LENGTH, LENGTH, dtype=torch.bool).triu(1)
+    expected = peer(query, query, query, attn_mask=causal)
+    torch.testing.assert_close(ours(query, query, query, is_causal=True), expected)
+    hinted = ours(query, query, query, attn_mask=causal, is_causal=True)
+    torch.testing.assert_close(hinted, expected)
+    # Bottom-right: the last query reads every key.
+    key = inputs()[1]
+    blocked = torch.ones(LENGTH, KEYS, dtype=torch.bool).triu(KEYS - LENGTH + 1)
+    expected = peer(query, key, key, attn_mask=blocked)
+    torch.testing.assert_close(ours(query, key, key, is_causal=True), expected)
+
+
+def test_initial_values_are_those_of_torch():
+    for options in ({}, {"bias": False}, {"kdim": 8, "vdim": 10}):
+        torch.manual_seed(3)
+        peer = nn.MultiheadAttention(EMBED, HEADS, **options)
+        torch.manual_seed(3)
+        ours = MixedMultiheadAttention(EMBED, HEADS, initial_mix=-1.5, **options)
+        state = ours.state_dict()
+        mix = state.pop("mix")
+        torch.testing.assert_close(dict(state), dict(peer.state_dict()), rtol=0, atol=0)
+        torch.testing.assert_close(mix, torch.full((HEADS, 1, 1), -1.5))
+
+
+def test_a_query_that_reads_nothing_gives_zeros():
+    _, ours = pair()
+    nn.init.zeros_(ours.out_proj.bias)
+    tensors = inputs()
+    blocked = torch.zeros(LENGTH, KEYS, dtype=torch.bool)
+    blocked[2] = True
+    output, weights = ours(*tensors, attn_mask=blocked)
+    assert output[2].abs().max() == 0
+    assert weights[:, 2].abs().max() == 0
+    gradients = torch.autograd.grad(output.sum() + weights.square().sum(), tensors)
+    assert all(gradient.isfinite().all() for gradient in gradients)
+
+
+def test_dropout_only_in_training():
+    peer, ours = pair(dropout=0.5)
+    tensors = inputs()
+    torch.testing.assert_close(ours.eval()(*tensors), peer.eval()(*tensors))
+    ours.train()
+    torch.manual_seed(5)
+    first = ours(*tensors)[0]
+    assert not torch.allclose(first, ours(*tensors)[0])
+    torch.manual_seed(5)
+    torch.testing.assert_close(ours(*tensors)[0], first, rtol=0, atol=0)
+
+
+# ---- in torch's transformers ---------------------------------------------------------------------
+
+
+def transformer_layers(batch_first, norm_first=False):
+    peer = nn.TransformerEncoderLayer(
+        EMBED, HEADS, 16, 0.0, batch_first=batch_first, norm_first=norm_first, dtype=torch.float64
+    )
+    ours = copy.deepcopy(peer)
+    ours.self_attn = MixedMultiheadAttention(
+        EMBED, HEADS, batch_first=batch_first, dtype=torch.float64
+    )
+    ours.load_state_dict({**peer.state_dict(), "self_attn.mix": ours.self_attn.mix})
+    return peer, ours
+
+
+@pytest.fixture
+def count_calls(monkeypatch):
+    """How often our layer computed. (A forward hook would switch torch's fast path off.)"""
+    calls = []
+    attend = MixedMultiheadAttention.attend
+
+    def counted(self, *args, **kwargs):
+        calls.append(self)
+        return attend(self, *args, **kwargs)
+
+    monkeypatch.setattr(MixedMultiheadAttention, "attend", counted)
+    return calls
+
+
+@pytest.mark.parametrize("batch_first", [False, True])
+@pytest.mark.parametrize("norm_first", [False, True])
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("masked", [False, True])
+def test_inside_encoder_layer(batch_first, norm_first, training, masked, count_calls):
+    peer, ours = transformer_layers(batch_first, norm_first)
+    peer.train(training)
+    ours.train(training)
+    shape = (BATCH, LENGTH, EMBED) if batch_first else (LENGTH, BATCH, EMBED)
+    tokens = torch.randn(shape, dtype=torch.float64)
+    options = {}
+    if masked:
+        padding = torch.zeros(BATCH, LENGTH, dtype=torch.bool)
+        padding[1, -1] = True
+        causal = torch.ones(LENGTH, LENGTH, dtype=torch.bool).triu(1)
+        options = {"src_mask": causal, "src_key_padding_mask": padding, "is_causal": True}
+    with torch.set_grad_enabled(training):
+        torch.testing.assert_close(ours(tokens, **options), peer(tokens, **options))
+    assert len(count_calls) == 1
+
+
+def test_inside_encoder_and_decoder(count_calls):
+    peer, ours = transformer_layers(batch_first=True)
+    peers = nn.TransformerEncoder(peer, 2, enable_nested_tensor=False).eval()
+    tokens = torch.randn(BATCH, LENGTH, EMBED, dtype=torch.float64)
+    padding = torch.zeros(BATCH, LENGTH, dtype=torch.bool)
+    padding[1, -2:] = True
+    with pytest.warns(UserWarning, match="_qkv_same_embed_dim"):
+        ours = nn.TransformerEncoder(ours, 2).eval()
+    with torch.no_grad():
+        expected = peers(tokens, src_key_padding_mask=padding)
+        actual = ours(tokens, src_key_padding_mask=padding)
+    torch.testing.assert_close(actual[~padding], expected[~padding])
+    assert len(count_calls) == 2
+
+    peer = nn.TransformerDecoderLayer(EMBED, HEADS, 16, 0.0, dtype=torch.float64).eval()
+    ours = copy.deepcopy(peer)
+    for name in ("self_attn", "multihead_attn"):
+        replacement = MixedMultiheadAttention(EMBED, HEADS, dtype=torch.float64)
+        replacement.load_state_dict(getattr(peer, name).state_dict())
+        setattr(ours, name, replacement.eval())
+    target, encoded, _ = inputs()
+    causal = nn.Transformer.generate_square_subsequent_mask(LENGTH, dtype=torch.float64)
+    options = {"tgt_mask": causal, "tgt_is_causal": True}
+    torch.testing.assert_close(ours(target, encoded, **options), peer(target, encoded, **options))
+    assert len(count_calls) == 4
+
+
+def test_scripted_encoder_layer():
+    peer, ours = transformer_layers(batch_first=True)
+    tokens = torch.randn(BATCH, LENGTH, EMBED, dtype=torch.float64)
+    scripted = torch.jit.script(ours.eval())
+    with torch.no_grad():
+        torch.testing.assert_close(scripted(tokens), peer.eval()(tokens))
+
+
+# ---- state dicts ---------------------------------------------------------------------------------
+
+
+def test_state_dict_of_torch_loads_strictly_and_back():
+    peer, ours = pair()
+    for name, tensor in peer.state_dict().items():
+        torch.testing.assert_close(ours.state_dict()[name], tensor, rtol=0, atol=0)
+    other = MixedMultiheadAttention(
+        EMBED, HEADS, gate="token", memory_projection="own", initial_mix=2.0, dtype=torch.float64
+    )
+    before = other.memory_k_proj.weight.clone()
+    result = other.load_state_dict(peer.state_dict())
+    assert not result.missing_keys
+    assert not result.unexpected_keys
+    assert (other.mix == 2.0).all()
+    torch.testing.assert_close(other.memory_k_proj.weight, before, rtol=0, atol=0)
+    back = nn.MultiheadAttention(EMBED, HEADS, dtype=torch.float64)
+    back.load_state_dict({k: v for k, v in ours.state_dict().items() if k != "mix"})
+    nested = nn.Sequential(MixedMultiheadAttention(EMBED, HEADS, dtype=torch.float64))
+    nested.load_state_dict(nn.Sequential(peer).state_dict())
+    torch.testing.assert_close(nested[0].in_proj_weight, peer.in_proj_weight)
+
+
+def test_incomplete_or_foreign_state_dict_is_refused():
+    ours = MixedMultiheadAttention(EMBED, HEADS, gate="token")
+    state = ours.state_dict()
+    with pytest.raises(RuntimeError, match=r"Missing key.*mix_weight"):
+        ours.load_state_dict({k: v for k, v in state.items() if k != "mix_weight"})
+    with pytest.raises(RuntimeError, match=r"Missing key.*in_proj_bias"):
+        ours.load_state_dict({k: v for k, v in state.items() if k != "in_proj_bias"})
+    with pytest.raises(RuntimeError, match=r"Unexpected key.*bias_k"):
+        ours.load_state_dict({**state, "bias_k": torch.zeros(1)})
+
+
+# ---- memory --------------------------------------------------------------------------------------
+
+
+def dense_layer(layer, query, key, value, memory, **options):
+    """The layer from its formulas, batch first, float64: (output, weights per head)."""
+    kv_heads, size = layer.num_kv_heads, layer.head_dim
+    widths = [EMBED, kv_heads * size, kv_heads * size]
+    if layer.in_proj_weight is not None:
+        projections = list(layer.in_proj_weight.split(widths))
+    else:
+        projections = [layer.q_proj_weight, layer.k_proj_weight, layer.v_proj_weight]
+    biases = [None] * 3 if layer.in_proj_bias is None else list(layer.in_proj_bias.split(widths))
+
+    def heads(tokens, weight, bias, count):
+        rows = tokens @ weight.T if bias is None else tokens @ weight.T + bias
+        return torch.stack(rows.split(size, dim=-1)[:count], dim=-3)
+
+    arguments = [
+        heads(tokens, weight, bias, count)
+        for tokens, weight, bias, count in zip(
+            (query, key, value), projections, biases, (HEADS, kv_heads, kv_heads), strict=True
+        )
+    ]
+    own = layer.memory_projection == "own"
+    for index in (1, 2):
+        weight, bias = projections[index], biases[index]
+        if own:
+            linear = layer.memory_k_proj if index == 1 else layer.memory_v_proj
+            weight, bias = linear.weight, linear.bias
+        arguments.append(heads(memory, weight, bias, kv_heads))
+    mix = layer.mix
+    if layer.gate == "token":
+        mix = mix + torch.einsum("blc,hc->bhl", query, layer.mix_weight)[..., None]
+    options = {"rule": layer.rule, "enable_gqa": kv_heads != HEADS, **options}
+    output = reference.mixed_attention(*arguments, mix, **options)[0]
+    output = F.linear(torch.cat(output.unbind(1), dim=-1), layer.out_proj.weight)
+    if layer.out_proj.bias is not None:
+        output = output + layer.out_proj.bias
+    if layer.gate == "channel":
+        # Each channel has weights of its own; the layer's are their average.
+        each = [
+            reference.mixed_attention_weights(*arguments, mix[..., c : c + 1], **options)
+            for c in range(size)
+        ]
+        return output, torch.stack(each).mean(0)
+    return output, reference.mixed_attention_weights(*arguments, mix, **options)
+
+
+GATES = [("gate", "head"), ("gate", "token"), ("gate", "channel"), ("joint", "head")]
+GATES.append(("joint", "token"))
+
+
+@pytest.mark.parametrize(("rule", "gate"), GATES)
+@pytest.mark.parametrize("projection", ["shared", "own"])
+@pytest.mark.parametrize("per_batch", [False, True])
+@pytest.mark.parametrize("kv_heads", [None, 2])
+@pytest.mark.parametrize("bias", [False, True])
+def test_memory_against_reference(rule, gate, projection, per_batch, kv_heads, bias):
+    layer = MixedMultiheadAttention(
+        EMBED,
+        HEADS,
+        bias=bias,
+        batch_first=True,
+        num_kv_heads=kv_heads,
+        rule=rule,
+        gate=gate,
+        memory_projection=projection,
+        dtype=torch.float64,
+    )
+    randomized(layer)
+    tensors = inputs(batch_first=True)
+    memory = torch.randn(BATCH, SLOTS, EMBED, dtype=torch.float64)
+    memory = (memory if per_batch else memory[0]).requires_grad_()
+    memory_mask = torch.rand(BATCH, 1, LENGTH, SLOTS) < 0.7
+    output, weights = layer(
+        *tensors, memory=memory, memory_mask=memory_mask, average_attn_weights=False, is_causal=True
+    )
+    expected = dense_layer(layer, *tensors, memory, memory_mask=memory_mask, is_causal=True)
+    torch.testing.assert_close(output, expected[0], rtol=0, atol=1e-10)
+    torch.testing.assert_close(weights, expected[1], rtol=0, atol=1e-10)
+    assert weights.shape == (BATCH, HEADS, LENGTH, KEYS + SLOTS)
+    torch.testing.assert_close(weights.sum(-1), torch.ones_like(weights.sum(-1)))
+
+    leaves = [*tensors, memory, *layer.parameters()]
+    actual = torch.autograd.grad(output.sin().sum(), leaves)
+    for mine, theirs in zip(
+        actual, torch.autograd.grad(expected[0].sin().sum(), leaves), strict=True
+    ):
+        torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("batched", [False, True])
+@pytest.mark.parametrize("batch_first", [False, True])
+@pytest.mark.parametrize("average", [False, True])
+def test_weights_with_memory_sum_to_one(batched, batch_first, average):
+    layer = randomized(MixedMultiheadAttention(EMBED, HEADS, batch_first=batch_first))
+    tensors = inputs(batched, batch_first, dtype=torch.float32)
+    output, weights = layer(
+        *tensors, memory=torch.randn(SLOTS, EMBED), average_attn_weights=average
+    )
+    assert output.shape == tensors[0].shape
+    shape = [LENGTH, KEYS + SLOTS]
+    shape = shape if average else [HEADS, *shape]
+    assert list(weights.shape) == ([BATCH, *shape] if batched else shape)
+    torch.testing.assert_close(weights.sum(-1), torch.ones(weights.shape[:-1]))
+
+
+def test_channel_weights_are_averaged_over_channels():
+    layer = randomized(MixedMultiheadAttention(EMBED, HEADS, gate="channel", dtype=torch.float64))
+    tensors, memory = inputs(), torch.randn(SLOTS, EMBED, dtype=torch.float64)
+    _, weights = layer(*tensors, memory=memory, average_attn_weights=False)
+    share = layer.mix.sigmoid().mean(-1).expand(HEADS, LENGTH)
+    torch.testing.assert_close(weights[..., KEYS:].sum(-1), share.expand(BATCH, HEADS, LENGTH))
+
+
+def test_gates_open_and_close():
+    layer = MixedMultiheadAttention(EMBED, HEADS, initial_mix=-100.0, dtype=torch.float64)
+    randomized(layer.out_proj)
+    tensors, memory = inputs(), torch.randn(SLOTS, EMBED, dtype=torch.float64)
+    alone = layer(*tensors)[0]
+    torch.testing.assert_close(layer(*tensors, memory=memory)[0], alone)
+    nn.init.constant_(layer.mix, 100.0)
+    # Wide open, the sequence does not matter.
+    other = (tensors[0], torch.randn_like(tensors[1]), torch.randn_like(tensors[2]))
+    opened = layer(*tensors, memory=memory)[0]
+    torch.testing.assert_close(layer(*other, memory=memory)[0], opened)
+    assert not torch.allclose(opened, alone)
+
+
+def test_where_no_key_may_be_read_all_comes_from_the_memory():
+    layer = randomized(MixedMultiheadAttention(EMBED, HEADS, dtype=torch.float64))
+    tensors, memory = inputs(), torch.randn(SLOTS, EMBED, dtype=torch.float64)
+    blocked = torch.ones(LENGTH, KEYS, dtype=torch.bool)
+    _, weights = layer(*tensors, attn_mask=blocked, memory=memory)
+    torch.testing.assert_close(weights[..., KEYS:].sum(-1), torch.ones(BATCH, LENGTH).double())
+    nothing = torch.zeros(SLOTS, dtype=torch.bool)
+    output, _ = layer(*tensors, memory=memory, memory_mask=nothing)
+    torch.testing.assert_close(output, layer(*tensors)[0])
+
+
+def test_shared_projection_follows_kdim():
+    layer = randomized(MixedMultiheadAttention(EMBED, HEADS, kdim=8, vdim=8, dtype=torch.float64))
+    layer.batch_first = True
+    tensors = inputs(batch_first=True, kdim=8, vdim=8)
+    memory = torch.randn(SLOTS, 8, dtype=torch.float64)
+    expected = dense_layer(layer, *tensors, memory)
+    torch.testing.assert_close(layer(*tensors, memory=memory)[0], expected[0])
+
+
+# ---- memory banks --------------------------------------------------------------------------------
+
+
+def layer_and_bank(capacity=SLOTS + 4):
+    layer = randomized(MixedMultiheadAttention(EMBED, HEADS, dtype=torch.float64))
+    memory = torch.randn(SLOTS, EMBED, dtype=torch.float64)
+    bank = MemoryBank(HEADS, capacity, EMBED // HEADS, dtype=torch.float64)
+    bank.append(*layer.project_memory(memory))
+    return layer, memory, bank
+
+
+def test_bank_equals_memory_tensor():
+    layer, memory, bank = layer_and_bank()
+    tensors = inputs()
+    expected = layer(*tensors, memory=memory)
+    torch.testing.assert_close(layer(*tensors, memory=bank), expected)
+    memory_mask = torch.rand(LENGTH, SLOTS) < 0.5
+    expected = layer(*tensors, memory=memory, memory_mask=memory_mask)
+    torch.testing.assert_close(layer(*tensors, memory=bank, memory_mask=memory_mask), expected)
+    whole = F.pad(memory_mask, (0, 4), value=True)
+    torch.testing.assert_close(layer(*tensors, memory=bank, memory_mask=whole), expected)
+
+
+class WithBank(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.attention, _, self.bank = layer_and_bank()
+
+    def forward(self, tokens):
+        return self.attention(tokens, tokens, tokens, memory=self.bank)[0]
+
+
+class WithBankScripted(WithBank):
+    def forward(self, tokens):
+        bank = self.bank
+        attention = self.attention
+        return attention.attend(tokens, tokens, tokens, bank.keys(), bank.values())[0]
+
+
+def test_bank_in_compiled_and_exported_models():
+    model = WithBank()
+    tokens = inputs()[0].detach()
+    expected = model(tokens)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(tokens), expected)
+    exported = torch.export.export(model, (tokens,))
+    torch.testing.assert_close(exported.module()(tokens), expected)
+    # The graph does not hold the number of entries.
+    more = torch.randn(HEADS, 2, EMBED // HEADS, dtype=torch.float64)
+    model.bank.append(more, more)
+    assert not torch.allclose(model(tokens), expected)
+    torch.testing.assert_close(compiled(tokens), model(tokens))
+
+
+def test_bank_in_scripted_model():
+    model = WithBankScripted()
+    tokens = inputs()[0].detach()
+    loaded = saved_and_loaded(torch.jit.script(model))
+    torch.testing.assert_close(loaded(tokens), model(tokens))
+    more = torch.randn(HEADS, 9, EMBED // HEADS, dtype=torch.float64)
+    loaded.bank.append(more, more)
+    model.bank.append(more, more)
+    torch.testing.assert_close(loaded(tokens), model(tokens))
+
+
+# ---- script, export, compile ---------------------------------------------------------------------
+
+
+def saved_and_loaded(scripted):
+    file = io.BytesIO()
+    torch.jit.save(scripted, file)
+    file.seek(0)
+    return torch.jit.load(file)
+
+
+VARIANTS = {
+    "plain": {},
+    "token": {"gate": "token", "rule": "joint"},
+    "channel": {"gate": "channel", "bias": False},
+    "own, grouped": {"memory_projection": "own", "num_kv_heads": 2, "batch_first": True},
+    "widths": {"kdim": 8, "vdim": 8},
+}
+
+
+def variant(name):
+    options = VARIANTS[name]
+    layer = randomized(MixedMultiheadAttention(EMBED, HEADS, **options))
+    width = options.get("kdim", EMBED)
+    batch_first = options.get("batch_first", False)
+    tensors = inputs(batch_first=batch_first, kdim=width, vdim=width, dtype=torch.float32)
+    padding = torch.zeros(BATCH, KEYS, dtype=torch.bool)
+    padding[0, -1] = True
+    keywords = {"key_padding_mask": padding, "memory": torch.randn(SLOTS, width)}
+    return layer, tuple(tensor.detach() for tensor in tensors), keywords
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_scripts_and_saves(name):
+    layer, tensors, keywords = variant(name)
+    loaded = saved_and_loaded(torch.jit.script(layer))
+    torch.testing.assert_close(loaded(*tensors, **keywords), layer(*tensors, **keywords))
+    torch.testing.assert_close(loaded(*tensors)[0], layer(*tensors)[0])
+    projected = layer.project_memory(keywords["memory"])
+    torch.testing.assert_close(loaded.project_memory(keywords["memory"]), projected)
+    torch.testing.assert_close(
+        loaded.attend(*tensors, *projected), layer(*tensors, memory=keywords["memory"])
+    )
+
+
+@pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.parametrize("name", VARIANTS)
+def test_exports(name, strict):
+    layer, tensors, keywords = variant(name)
+    exported = torch.export.export(layer, tensors, keywords, strict=strict)
+    torch.testing.assert_close(exported.module()(*tensors, **keywords), layer(*tensors, **keywords))
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_compiles_forward_and_backward(name):
+    layer, tensors, keywords = variant(name)
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    gradients = []
+    for run in (layer, compiled):
+        layer.zero_grad()
+        output, weights = run(*tensors, **keywords)
+        (output.sin().sum() + weights.square().sum()).backward()
+        gradients.append([parameter.grad for parameter in layer.parameters()])
+    torch.testing.assert_close(gradients[1], gradients[0])
+    torch.testing.assert_close(compiled(*tensors, **keywords), layer(*tensors, **keywords))
+
+
+@pytest.mark.slow
+def test_compiles_with_inductor():
+    layer, tensors, keywords = variant("plain")
+    compiled = torch.compile(layer, fullgraph=True)
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(*tensors, **keywords), layer(*tensors, **keywords))
+
+
+def test_half_precision_and_autocast():
+    layer, tensors, keywords = variant("plain")
+    expected = layer(*tensors, **keywords)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        output, weights = layer(*tensors, **keywords)
+    assert output.dtype == torch.bfloat16
+    torch.testing.assert_close(output.float(), expected[0], rtol=0.05, atol=0.1)
+    torch.testing.assert_close(weights.float(), expected[1], rtol=0.05, atol=0.05)
+    keywords["memory"] = keywords["memory"].bfloat16()
+    output, _ = layer.bfloat16()(*(tensor.bfloat16() for tensor in tensors), **keywords)
+    torch.testing.assert_close(output.float(), expected[0], rtol=0.05, atol=0.1)
+
+
+# ---- arguments -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"embed_dim": 0}, "embed_dim must be positive, got 0"),
+        ({"num_heads": 5}, "embed_dim must be a multiple of num_heads, got 12 and 5"),
+        ({"num_kv_heads": 3}, "num_heads must be a multiple of num_kv_heads, got 4 and 3"),
+        ({"num_kv_heads": 0}, "num_kv_heads must be positive, got 0"),
+        ({"dropout": 1.5}, "dropout must be in [0, 1], got 1.5"),
+        ({"dropout": math.nan}, "dropout must be in [0, 1], got nan"),
+        ({"rule": "sum"}, "rule must be one of 'gate', 'joint', got 'sum'"),
+        ({"gate": "layer"}, "gate must be one of 'head', 'token', 'channel', got 'layer'"),
+        ({"memory_projection": "no"}, "memory_projection must be one of 'shared', 'own', got 'no'"),
+        ({"rule": "joint", "gate": "channel"}, "gate='channel' needs rule='gate'"),
+    ],
+)
+def test_constructor_refuses(options, message):
+    with pytest.raises(ValueError, match=re.escape(f"MixedMultiheadAttention: {message}")):
+        MixedMultiheadAttention(**{"embed_dim": EMBED, "num_heads": HEADS, **options})
+
+
+def bad_calls():
+    query, key, value = inputs(dtype=torch.float32)
+    memory = torch.randn(SLOTS, EMBED)
+    ints = torch.zeros(BATCH, KEYS, dtype=torch.int64)
+    return {
+        "query must have 2 or 3 dimensions, got (12)": ((query[0, 0], key, value), {}),
+        "key must have 3 dimensions, the last of 12, got (6, 12)": ((query, key[:, 0], value), {}),
+        "value must have 3 dimensions, the last of 12, got (6, 3, 4)": (
+            (query, key, value[..., :4]),
+            {},
+        ),
+        "key_padding_mask must have shape [3, 6], got (6, 3)": (
+            (query, key, value),
+            {"key_padding_mask": ints.T.bool()},
+        ),
+        "key_padding_mask must be bool or floating point, got torch.int64": (
+            (query, key, value),
+            {"key_padding_mask": ints},
+        ),
+        "attn_mask must have shape [5, 6], got (6, 5)": (
+            (query, key, value),
+            {"attn_mask": torch.zeros(KEYS, LENGTH)},
+        ),
+        "attn_mask must have shape [12, 5, 6], got (3, 5, 6)": (
+            (query, key, value),
+            {"attn_mask": torch.zeros(BATCH, LENGTH, KEYS)},
+        ),
+        "memory must be (M, 12) or (B, M, 12), got (7, 5)": (
+            (query, key, value),
+            {"memory": memory[:, :5]},
+        ),
+        "memory must have 2 or 3 dimensions, got (12)": (
+            (query, key, value),
+            {"memory": memory[0]},
+        ),
+    }
+
+
+@pytest.mark.parametrize("message", bad_calls())
+def test_forward_refuses(message):
+    args, options = bad_calls()[message]
+    with pytest.raises(ValueError, match=re.escape(f"MixedMultiheadAttention: {message}")):
+        MixedMultiheadAttention(EMBED, HEADS)(*args, **options)
+
+
+def test_forward_refuses_what_the_operator_refuses():
+    tensors = inputs(dtype=torch.float32)
+    layer = MixedMultiheadAttention(EMBED, HEADS)
+    with pytest.raises(RuntimeError, match="memory_mask"):
+        layer(*tensors, memory=torch.randn(SLOTS, EMBED), memory_mask=torch.zeros(SLOTS + 1))
+    with pytest.raises(TypeError, match="memory must be a tensor, a MemoryBank or None, got list"):
+        layer(*tensors, memory=[1.0])
+    layer = MixedMultiheadAttention(EMBED, HEADS, kdim=8)
+    tensors = inputs(kdim=8, dtype=torch.float32)
+    with pytest.raises(ValueError, match="got kdim=8 and vdim=12"):
+        layer(*tensors, memory=torch.randn(SLOTS, 8))
+
+
+def test_memory_is_keyword_only():
+    layer, tensors = MixedMultiheadAttention(EMBED, HEADS), inputs(dtype=torch.float32)
+    with pytest.raises(TypeError, match="by keyword"):
+        layer(*tensors, None, True, None, True, False, torch.randn(SLOTS, EMBED))
+
+
+def test_factory_arguments_and_repr():
+    layer = MixedMultiheadAttention(
+        EMBED, HEADS, gate="token", memory_projection="own", device="meta", dtype=torch.bfloat16
+    )
+    assert {(p.device.type, p.dtype) for p in layer.parameters()} == {("meta", torch.bfloat16)}
+    assert layer.mix_weight.shape == (HEADS, EMBED)
+    text = repr(layer)
+    assert "embed_dim=12, num_heads=4" in text
+    assert "gate='token', memory_projection='own'" in text
