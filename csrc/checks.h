@@ -68,16 +68,23 @@ inline void floating(const char* op, const char* name, const Tensor& tensor, int
       shape(tensor));
 }
 
-/// Same device and layout as `first`; same dtype too, or float32 where `float32_too`.
-inline void companion(
+/// A dense tensor on the device of `first`.
+inline void beside(
     const char* op, const char* name, const Tensor& tensor, const Tensor& first,
-    const char* first_name, bool float32_too = false) {
+    const char* first_name) {
   MIXHEAD_CHECK(
       tensor.layout() == at::kStrided, op, name, " must be a dense tensor, got layout ",
       tensor.layout());
   MIXHEAD_CHECK(
       tensor.device() == first.device(), op, name, " must be on ", first.device(), " like ",
       first_name, ", got ", tensor.device());
+}
+
+/// Beside `first`, and of the same dtype, or float32 where `float32_too`.
+inline void companion(
+    const char* op, const char* name, const Tensor& tensor, const Tensor& first,
+    const char* first_name, bool float32_too = false) {
+  beside(op, name, tensor, first, first_name);
   MIXHEAD_CHECK(
       tensor.scalar_type() == first.scalar_type() ||
           (float32_too && tensor.scalar_type() == at::kFloat),
@@ -90,9 +97,7 @@ inline void mask(
     const char* op, const char* name, const Tensor& tensor, const Tensor& query,
     c10::SymIntArrayRef target) {
   if (tensor.scalar_type() == at::kBool) {
-    MIXHEAD_CHECK(
-        tensor.device() == query.device(), op, name, " must be on ", query.device(),
-        " like query, got ", tensor.device());
+    beside(op, name, tensor, query, "query");
   } else {
     MIXHEAD_CHECK(
         at::isFloatingType(tensor.scalar_type()), op, name, " must be bool or floating, got ",

@@ -140,9 +140,7 @@ void check_index(const Arguments& args) {
   MIXHEAD_CHECK(
       index.scalar_type() == at::kLong, kOp, "memory_index must be int64, got ",
       index.scalar_type());
-  MIXHEAD_CHECK(
-      index.device() == query.device(), kOp, "memory_index must be on ", query.device(),
-      " like query, got ", index.device());
+  checks::beside(kOp, "memory_index", index, query, "query");
   MIXHEAD_CHECK(
       index.dim() == query.dim(), kOp, "memory_index must have ", query.dim(),
       " dimensions like query, got ", shape(index));
