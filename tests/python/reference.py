@@ -1,0 +1,169 @@
+"""The ops in dense float64 torch, from their definitions alone: slow, obvious, differentiable.
+
+Nothing is shared with the library. Every score is stored; every formula stands as it is stated.
+"""
+
+import math
+
+import numpy
+import torch
+
+
+def _readable(scores, mask, allowed=None):
+    """Scores with the mask applied, and which of them may be read."""
+    readable = torch.ones_like(scores, dtype=torch.bool) if allowed is None else allowed
+    if mask is not None and mask.dtype == torch.bool:
+        readable = readable & mask
+    elif mask is not None:
+        readable = readable & (mask != -math.inf)
+        scores = scores + mask.double()
+    return scores.masked_fill(~readable, -math.inf), readable
+
+
+def _softmax(scores, readable):
+    """Weights, log-sum-exp and which rows read nothing; such a row has weights 0 and lse -inf."""
+    empty = ~readable.any(-1, keepdim=True)
+    # A row of nothing gets ordinary scores first, so that autograd meets no inf - inf.
+    scores = scores.masked_fill(empty, 0.0)
+    if scores.shape[-1] == 0:
+        return scores, scores.sum(-1) - math.inf, empty.squeeze(-1)
+    weights = scores.softmax(-1).masked_fill(empty, 0.0)
+    lse = scores.logsumexp(-1).masked_fill(empty.squeeze(-1), -math.inf)
+    return weights, lse, empty.squeeze(-1)
+
+
+def _drop(weights, keep, dropout_p):
+    if keep is None or dropout_p == 0.0:
+        return weights
+    return weights * keep / (1.0 - dropout_p) if dropout_p < 1.0 else weights * 0.0
+
+
+def _sides(
+    query,
+    key,
+    value,
+    memory_key,
+    memory_value,
+    mix,
+    *,
+    rule="gate",
+    attn_mask=None,
+    memory_mask=None,
+    memory_index=None,
+    is_causal=False,
+    scale=None,
+    enable_gqa=False,
+):
+    """(weights, values, lse) of the sequence, of the memory, and w (..., L, 1 or Dv)."""
+    query, key, value, memory_key, memory_value, mix = (
+        tensor.double() for tensor in (query, key, value, memory_key, memory_value, mix)
+    )
+    groups = query.shape[-3] // key.shape[-3] if enable_gqa else 1
+    key, value, memory_key, memory_value = (
+        tensor.repeat_interleave(groups, -3) for tensor in (key, value, memory_key, memory_value)
+    )
+    scale = 1.0 / math.sqrt(query.shape[-1]) if scale is None else scale
+    length, keys, slots = query.shape[-2], key.shape[-2], memory_key.shape[-2]
+    rows = query.shape[:-1]
+
+    scores = scale * query @ key.transpose(-1, -2)
+    allowed = None
+    if is_causal:
+        i, j = torch.arange(length)[:, None], torch.arange(keys)
+        allowed = (j <= keys - length + i).expand(scores.shape)
+    self_weights, self_lse, self_empty = _softmax(*_readable(scores, attn_mask, allowed))
+
+    memory_key = memory_key.expand(*rows[:-1], *memory_key.shape[-2:])
+    memory_value = memory_value.expand(*rows[:-1], *memory_value.shape[-2:])
+    if memory_index is None:
+        scores = scale * query @ memory_key.transpose(-1, -2)
+        memory_scores = _readable(scores, memory_mask)
+    else:
+        named = memory_index >= 0
+        index = memory_index.clamp_min(0)
+        flat = index.flatten(-2).unsqueeze(-1)
+        if slots == 0:
+            gathered_key = query.new_zeros(*index.shape, query.shape[-1])
+            memory_value = query.new_zeros(*index.shape, memory_value.shape[-1])
+        else:
+            gathered_key = memory_key.gather(-2, flat.expand(*flat.shape[:-1], query.shape[-1]))
+            gathered_key = gathered_key.unflatten(-2, index.shape[-2:])
+            memory_value = memory_value.gather(
+                -2, flat.expand(*flat.shape[:-1], memory_value.shape[-1])
+            ).unflatten(-2, index.shape[-2:])
+        scores = scale * (query.unsqueeze(-2) * gathered_key).sum(-1)
+        if memory_mask is not None and slots > 0:
+            memory_mask = memory_mask.expand(*rows, slots).gather(-1, index)
+        elif memory_mask is not None:
+            memory_mask = None
+        memory_scores = _readable(scores, memory_mask, named)
+    memory_weights, memory_lse, memory_empty = _softmax(*memory_scores)
+
+    if rule == "joint":
+        finite_self = self_lse.masked_fill(self_empty, 0.0).unsqueeze(-1)
+        finite_memory = memory_lse.masked_fill(memory_empty, 0.0).unsqueeze(-1)
+        w = torch.sigmoid(mix + finite_memory - finite_self)
+    else:
+        w = torch.sigmoid(mix)
+    zero, one = torch.zeros((), dtype=torch.double), torch.ones((), dtype=torch.double)
+    w = torch.where(self_empty.unsqueeze(-1), one, w)
+    w = torch.where(memory_empty.unsqueeze(-1), zero, w)
+    return (self_weights, value, self_lse), (memory_weights, memory_value, memory_lse), w
+
+
+def _read(weights, value):
+    """weights (..., L, S) times value (..., S, Dv), or gathered values (..., L, S, Dv)."""
+    if value.dim() == weights.dim() + 1:
+        return (weights.unsqueeze(-2) @ value).squeeze(-2)
+    return weights @ value
+
+
+def mixed_attention(*args, dropout_p=0.0, self_keep=None, memory_keep=None, **options):
+    """(output, self_lse, memory_lse) in float64; keep masks (..., L, S or M or K) are explicit."""
+    (self_weights, value, self_lse), (memory_weights, memory_value, memory_lse), w = _sides(
+        *args, **options
+    )
+    self_output = _read(_drop(self_weights, self_keep, dropout_p), value)
+    memory_output = _read(_drop(memory_weights, memory_keep, dropout_p), memory_value)
+    return (1 - w) * self_output + w * memory_output, self_lse, memory_lse
+
+
+def mixed_attention_weights(*args, **options):
+    """Weights over [sequence, memory], (..., L, S + M); sums to 1 wherever something is read."""
+    (self_weights, _, _), (memory_weights, _, _), w = _sides(*args, **options)
+    return torch.cat([(1 - w) * self_weights, w * memory_weights], -1)
+
+
+def merge_attention(outputs, lses):
+    """lse = log sum_i exp(lses[i]), output = sum_i exp(lses[i] - lse) outputs[i]."""
+    lses = torch.stack([lse.double() for lse in lses])
+    outputs = torch.stack([output.double() for output in outputs])
+    empty = (lses == -math.inf).all(0)
+    lse = lses.masked_fill(empty, 0.0).logsumexp(0)
+    weights = (lses - lse).exp().masked_fill(empty, 0.0)
+    return (weights.unsqueeze(-1) * outputs).sum(0), lse.masked_fill(empty, -math.inf)
+
+
+def _splitmix64(x):
+    x = x + numpy.uint64(0x9E3779B97F4A7C15)
+    x = (x ^ (x >> numpy.uint64(30))) * numpy.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> numpy.uint64(27))) * numpy.uint64(0x94D049BB133111EB)
+    return x ^ (x >> numpy.uint64(31))
+
+
+def dropout_keep(seed, side, shape, dropout_p):
+    """The keep mask of csrc/dropout.h in shape (..., L, columns); side 0 sequence, 1 memory."""
+    rows, columns = math.prod(shape[:-1]), shape[-1]
+    with numpy.errstate(over="ignore"):
+        stream = _splitmix64(numpy.array([seed + side], dtype=numpy.int64).astype(numpy.uint64))
+        mixed = _splitmix64(stream ^ numpy.arange(rows, dtype=numpy.uint64))
+        first = mixed.astype(numpy.uint32)[:, None]
+        second = (mixed >> numpy.uint64(32)).astype(numpy.uint32)[:, None]
+        x = numpy.arange(columns, dtype=numpy.uint32)[None, :] * numpy.uint32(0x9E3779B1) + first
+        x ^= x >> numpy.uint32(16)
+        x *= numpy.uint32(0x7FEB352D)
+        x ^= second
+        x ^= x >> numpy.uint32(15)
+        x *= numpy.uint32(0x846CA68B)
+        x ^= x >> numpy.uint32(16)
+    return torch.from_numpy(x.astype(numpy.uint64) >= int(dropout_p * 2**32)).view(shape)
