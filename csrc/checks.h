@@ -109,4 +109,70 @@ inline void mask(
       shape(tensor));
 }
 
+/// A query: floating, dense, (B..., Hq, L, D) with at least one head and one channel.
+inline void query(const char* op, const Tensor& query) {
+  floating(op, "query", query, 3);
+  MIXHEAD_CHECK(
+      query.layout() == at::kStrided, op, "query must be a dense tensor, got layout ",
+      query.layout());
+  MIXHEAD_CHECK(
+      at_least_one(query.sym_size(-1)) && at_least_one(query.sym_size(-3)), op,
+      "query must have at least one head and one channel, got ", shape(query));
+}
+
+/// Leading dimensions (batch) of `tensor` equal those of query.
+inline void batch(const char* op, const char* name, const Tensor& tensor, const Tensor& query) {
+  bool same = tensor.dim() == query.dim();
+  for (int64_t i = 0; same && i < query.dim() - 3; ++i) {
+    same = equal(tensor.sym_size(i), query.sym_size(i));
+  }
+  MIXHEAD_CHECK(
+      same, op, name, " must have the batch dimensions of query ", shape(query), ", got ",
+      shape(tensor));
+}
+
+/// The heads of `key` are those of query, or divide them with enable_gqa.
+inline void key_heads(
+    const char* op, const char* name, const Tensor& key, const Tensor& query, bool enable_gqa) {
+  const auto& heads = key.sym_size(-3);
+  if (enable_gqa) {
+    MIXHEAD_CHECK(
+        at_least_one(heads) && equal(query.sym_size(-3) % heads, 0), op, name,
+        " must have a number of heads that divides query's ", query.sym_size(-3),
+        " with enable_gqa, got ", shape(key));
+  } else {
+    MIXHEAD_CHECK(
+        equal(heads, query.sym_size(-3)), op, name, " must have ", query.sym_size(-3),
+        " heads like query (or set enable_gqa), got ", shape(key));
+  }
+}
+
+/// Points shared by the batch (H, S, X) or given for each entry (B..., H, S, X).
+inline void points(const char* op, const char* name, const Tensor& points, const Tensor& query) {
+  companion(op, name, points, query, "query");
+  MIXHEAD_CHECK(
+      points.dim() == 3 || points.dim() == query.dim(), op, name, " must have 3 dimensions ",
+      "(shared by the batch) or ", query.dim(), " like query, got ", shape(points));
+  if (points.dim() != 3) batch(op, name, points, query);
+}
+
+inline void dropout(const char* op, double dropout_p) {
+  MIXHEAD_CHECK(
+      dropout_p >= 0.0 && dropout_p <= 1.0, op, "dropout_p must be in [0, 1], got ", dropout_p);
+}
+
+/// Whether values can be read: a real tensor, not a shape under Meta, fake tensors or a trace.
+inline bool has_values(const Tensor& tensor) {
+  return !tensor.is_meta() && !tensor.unsafeGetTensorImpl()->is_python_dispatch() &&
+         tensor.has_storage() && tensor.numel() > 0;
+}
+
+/// The leading dimensions of query, then `tail`.
+inline c10::SymDimVector like_query(const Tensor& query, std::initializer_list<c10::SymInt> tail) {
+  const auto sizes = query.sym_sizes();
+  c10::SymDimVector result(sizes.begin(), sizes.end() - 3);
+  result.append(tail.begin(), tail.end());
+  return result;
+}
+
 }  // namespace mixhead::checks

@@ -115,6 +115,17 @@ std::pair<Tensor, Tensor> softmax(const Tensor& scores) {
   return {weights / divisor, lse};
 }
 
+Tensor row_numbers(
+    const Tensor& query, const chunked::Chunk& chunk, int64_t all_query_heads, int64_t all_rows) {
+  const auto options = query.options().dtype(at::kLong);
+  const auto first_head = chunk.head * (query.size(1) / chunk.heads);
+  const auto batch = at::arange(chunk.batch, chunk.batch + query.size(0), options);
+  const auto head = at::arange(first_head, first_head + query.size(1), options);
+  const auto row = at::arange(chunk.row, chunk.row + chunk.rows, options);
+  const auto heads = batch.view({-1, 1, 1, 1}) * all_query_heads + head.view({1, -1, 1, 1});
+  return heads * all_rows + row.view({1, 1, -1, 1});
+}
+
 Tensor dropout_factors(
     const Tensor& scores, const Tensor& rows, int64_t seed, int64_t side, double p) {
   const auto stream =

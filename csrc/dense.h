@@ -4,6 +4,8 @@
 
 #include <utility>
 
+#include "chunked.h"
+
 /// Attention of a part of the queries, dense in the keys, in differentiable ATen calls: what the
 /// portable formulas are written with. Scores and weights are (b, heads, groups, rows, keys), where
 /// query head h belongs to key head h / groups.
@@ -34,6 +36,11 @@ Tensor causal(const Tensor& scores, int64_t first_row, int64_t last_key);
 /// Softmax weights and log-sum-exp (last dimension 1). A row that reads nothing has weights 0 and
 /// lse -inf, and finite derivatives.
 std::pair<Tensor, Tensor> softmax(const Tensor& scores);
+
+/// Each query row's number (batch * Hq + head) * L + query, the counter of dropout: of the rows of
+/// `query` (b, Hq of the chunk, rows, D), as (b, Hq of the chunk, rows, 1).
+Tensor row_numbers(
+    const Tensor& query, const chunked::Chunk& chunk, int64_t all_query_heads, int64_t all_rows);
 
 /// Factors 0 or 1 / (1 - p) in the shape of `scores` by the counter of dropout.h. `rows` holds each
 /// query row's number and broadcasts to the scores.

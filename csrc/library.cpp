@@ -34,4 +34,26 @@ TORCH_LIBRARY(mixhead, m) {
       "Tensor self_output, Tensor memory_output, bool[8] output_mask) "
       "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
       {at::Tag::pt2_compliant_tag});
+
+  m.def(
+      "kernel_attention(Tensor query, Tensor key, Tensor value, Tensor? bandwidth, str[] kernel, "
+      "*, "
+      "Tensor? attn_mask=None, bool is_causal=False, bool exclude_self=False, "
+      "bool normalize=True, str empty=\"zero\", float dropout_p=0.0, bool enable_gqa=False) "
+      "-> (Tensor output, Tensor log_mass)",
+      {at::Tag::nondeterministic_seeded, at::Tag::pt2_compliant_tag});
+  m.def(
+      "_kernel_attention_forward(Tensor query, Tensor key, Tensor value, Tensor? bandwidth, "
+      "str[] kernel, Tensor? attn_mask, bool is_causal, bool exclude_self, bool normalize, "
+      "str empty, float dropout_p, Tensor? seed, bool enable_gqa) "
+      "-> (Tensor output, Tensor log_mass)",
+      {at::Tag::pt2_compliant_tag});
+  // Gradients of (query, key, value, bandwidth, attn_mask); empty where not asked for.
+  m.def(
+      "_kernel_attention_backward(Tensor grad_output, Tensor grad_log_mass, Tensor query, "
+      "Tensor key, Tensor value, Tensor? bandwidth, str[] kernel, Tensor? attn_mask, "
+      "bool is_causal, bool exclude_self, bool normalize, str empty, float dropout_p, "
+      "Tensor? seed, bool enable_gqa, Tensor output, Tensor log_mass, bool[5] output_mask) "
+      "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+      {at::Tag::pt2_compliant_tag});
 }

@@ -15,69 +15,30 @@ namespace {
 
 constexpr const char* kOp = "mixed_attention";
 using checks::equal;
+using checks::like_query;
 using checks::shape;
-
-/// The leading dimensions of query, then `tail`.
-c10::SymDimVector like_query(const Tensor& query, std::initializer_list<c10::SymInt> tail) {
-  const auto sizes = query.sym_sizes();
-  c10::SymDimVector result(sizes.begin(), sizes.end() - 3);
-  result.append(tail.begin(), tail.end());
-  return result;
-}
 
 void check_options(const Arguments& args) {
   MIXHEAD_CHECK(
       args.rule == "gate" || args.rule == "joint", kOp,
       "rule must be \"gate\" or \"joint\", got \"", args.rule, "\"");
-  MIXHEAD_CHECK(
-      args.dropout_p >= 0.0 && args.dropout_p <= 1.0, kOp, "dropout_p must be in [0, 1], got ",
-      args.dropout_p);
+  checks::dropout(kOp, args.dropout_p);
   MIXHEAD_CHECK(
       !args.scale || std::isfinite(*args.scale), kOp, "scale must be finite, got ",
       args.scale.value_or(0.0));
-}
-
-void check_query(const Tensor& query) {
-  checks::floating(kOp, "query", query, 3);
-  MIXHEAD_CHECK(
-      query.layout() == at::kStrided, kOp, "query must be a dense tensor, got layout ",
-      query.layout());
-  MIXHEAD_CHECK(
-      checks::at_least_one(query.sym_size(-1)) && checks::at_least_one(query.sym_size(-3)), kOp,
-      "query must have at least one head and one channel, got ", shape(query));
-}
-
-/// Leading dimensions (batch) of `tensor` equal those of query.
-void check_batch(const char* name, const Tensor& tensor, const Tensor& query) {
-  bool same = tensor.dim() == query.dim();
-  for (int64_t i = 0; same && i < query.dim() - 3; ++i) {
-    same = equal(tensor.sym_size(i), query.sym_size(i));
-  }
-  MIXHEAD_CHECK(
-      same, kOp, name, " must have the batch dimensions of query ", shape(query), ", got ",
-      shape(tensor));
 }
 
 void check_sequence(const Arguments& args) {
   const auto& [query, key, value] = std::tie(args.query, args.key, args.value);
   checks::companion(kOp, "key", key, query, "query");
   checks::companion(kOp, "value", value, query, "query");
-  check_batch("key", key, query);
-  check_batch("value", value, query);
+  checks::batch(kOp, "key", key, query);
+  checks::batch(kOp, "value", value, query);
   MIXHEAD_CHECK(
       equal(key.sym_size(-1), query.sym_size(-1)), kOp, "key must have ", query.sym_size(-1),
       " channels like query, got ", shape(key));
+  checks::key_heads(kOp, "key", key, query, args.enable_gqa);
   const auto& heads = key.sym_size(-3);
-  if (args.enable_gqa) {
-    MIXHEAD_CHECK(
-        checks::at_least_one(heads) && equal(query.sym_size(-3) % heads, 0), kOp,
-        "key must have a number of heads that divides query's ", query.sym_size(-3),
-        " with enable_gqa, got ", shape(key));
-  } else {
-    MIXHEAD_CHECK(
-        equal(heads, query.sym_size(-3)), kOp, "key must have ", query.sym_size(-3),
-        " heads like query (or set enable_gqa), got ", shape(key));
-  }
   MIXHEAD_CHECK(
       equal(value.sym_size(-3), heads), kOp, "value must have ", heads, " heads like key, got ",
       shape(value));
@@ -90,11 +51,7 @@ void check_memory(const Arguments& args) {
   const auto& [query, key, value] = std::tie(args.query, args.key, args.value);
   const auto& [memory_key, memory_value] = std::tie(args.memory_key, args.memory_value);
   const auto check_one = [&](const char* name, const Tensor& memory) {
-    checks::companion(kOp, name, memory, query, "query");
-    MIXHEAD_CHECK(
-        memory.dim() == 3 || memory.dim() == query.dim(), kOp, name, " must have 3 dimensions ",
-        "(shared by the batch) or ", query.dim(), " like query, got ", shape(memory));
-    if (memory.dim() != 3) check_batch(name, memory, query);
+    checks::points(kOp, name, memory, query);
     MIXHEAD_CHECK(
         equal(memory.sym_size(-3), key.sym_size(-3)), kOp, name, " must have ", key.sym_size(-3),
         " heads like key, got ", shape(memory));
@@ -129,11 +86,6 @@ void check_mix(const Arguments& args) {
       shape(per_channel), ", got ", shape(mix));
 }
 
-bool has_values(const Tensor& tensor) {
-  return !tensor.is_meta() && !tensor.unsafeGetTensorImpl()->is_python_dispatch() &&
-         tensor.has_storage() && tensor.numel() > 0;
-}
-
 void check_index(const Arguments& args) {
   if (!args.memory_index) return;
   const auto& [query, index] = std::tie(args.query, *args.memory_index);
@@ -144,13 +96,13 @@ void check_index(const Arguments& args) {
   MIXHEAD_CHECK(
       index.dim() == query.dim(), kOp, "memory_index must have ", query.dim(),
       " dimensions like query, got ", shape(index));
-  check_batch("memory_index", index, query);
+  checks::batch(kOp, "memory_index", index, query);
   MIXHEAD_CHECK(
       equal(index.sym_size(-3), query.sym_size(-3)) &&
           equal(index.sym_size(-2), query.sym_size(-2)),
       kOp, "memory_index must have ", query.sym_size(-3), " heads and ", query.sym_size(-2),
       " rows like query, got ", shape(index));
-  if (!has_values(index)) return;
+  if (!checks::has_values(index)) return;
   const auto [lowest, highest] = at::aminmax(index);
   const auto low = lowest.item<int64_t>(), high = highest.item<int64_t>();
   const auto slots = args.memory_key.sym_size(-2);
@@ -163,7 +115,7 @@ void check_index(const Arguments& args) {
 
 void check(const Arguments& args) {
   check_options(args);
-  check_query(args.query);
+  checks::query(kOp, args.query);
   check_sequence(args);
   check_memory(args);
   check_mix(args);

@@ -34,24 +34,14 @@ struct Constants {
   int64_t seed;
 };
 
-/// Each query row's number (batch * Hq + head) * L + query, the counter of dropout.
-Tensor row_numbers(const Tensor& query, const Chunk& chunk, const Constants& constants) {
-  const auto options = query.options().dtype(at::kLong);
-  const auto first_head = chunk.head * (query.size(1) / chunk.heads);
-  const auto batch = at::arange(chunk.batch, chunk.batch + query.size(0), options);
-  const auto head = at::arange(first_head, first_head + query.size(1), options);
-  const auto row = at::arange(chunk.row, chunk.row + chunk.rows, options);
-  const auto heads = batch.view({-1, 1, 1, 1}) * constants.query_heads + head.view({1, -1, 1, 1});
-  return heads * constants.rows + row.view({1, 1, -1, 1});
-}
-
 /// The dropped weights and the log-sum-exp (before dropout) of one side's masked scores.
 std::pair<Tensor, Tensor> weights_of(
     const Tensor& scores, int64_t side, const Tensor& query, const Chunk& chunk,
     const Constants& constants) {
   auto [weights, lse] = dense::softmax(scores);
   if (constants.dropout_p > 0.0 && scores.size(-1) > 0) {
-    const auto rows = dense::grouped(row_numbers(query, chunk, constants), scores.size(1));
+    const auto rows = dense::grouped(
+        dense::row_numbers(query, chunk, constants.query_heads, constants.rows), scores.size(1));
     weights =
         weights * dense::dropout_factors(weights, rows, constants.seed, side, constants.dropout_p);
   }

@@ -1,0 +1,275 @@
+#include <ATen/TensorOperators.h>
+#include <ATen/ops/arange.h>
+#include <ATen/ops/cat.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/full.h>
+#include <ATen/ops/where.h>
+#include <ATen/ops/zeros_like.h>
+#include <torch/library.h>
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+
+#include "chunked.h"
+#include "dense.h"
+#include "kernel_attention/arguments.h"
+#include "kernel_attention/kernels.h"
+
+namespace mixhead::kernels {
+namespace {
+
+using chunked::Axes;
+using chunked::Chunk;
+using chunked::Problem;
+using Tensors = std::vector<Tensor>;
+
+constexpr double kInfinity = std::numeric_limits<double>::infinity();
+
+/// What the formula needs beside the operands, fixed for one call of the op.
+struct Constants {
+  std::vector<Kernel> kernels;  // one, or one for each query head
+  bool is_causal, exclude_self, normalize, nan_where_empty, nearest_where_empty;
+  int64_t query_heads, rows, keys;
+  double dropout_p;
+  int64_t seed;
+};
+
+bool is_distance(Kernel kernel) { return kernel != Kernel::dot && kernel != Kernel::cosine; }
+
+/// Rows of length 1; a zero row stays zero, with derivative 0.
+Tensor unit(const Tensor& x) {
+  const auto square = (x * x).sum(-1, /*keepdim=*/true);
+  return x / square.masked_fill(square == 0, 1.0).sqrt();
+}
+
+/// u^2 (b, heads, groups, rows, keys), by subtraction: exact for near points far from the origin.
+Tensor squared_distance(const Tensor& query, const Tensor& key, const Tensor& bandwidth) {
+  const auto q = dense::grouped(query, key.size(1)).unsqueeze(-2);
+  const auto k = key.unsqueeze(2).unsqueeze(2);
+  const auto h = dense::grouped(bandwidth, key.size(1)).unsqueeze(-2);
+  const auto difference = (q - k) / h;
+  return (difference * difference).sum(-1);
+}
+
+/// log K of a distance kernel from u^2. Where u = 0 the branch taken has the kernel's own first and
+/// second derivatives there; laplacian has a cusp, and the subgradient 0.
+Tensor log_of_squared_distance(Kernel kernel, const Tensor& u2) {
+  const auto at_zero = u2 == 0;
+  const auto u = u2.masked_fill(at_zero, 1.0).sqrt();
+  const auto inside = [&](const Tensor& x) { return x.masked_fill(u2 >= 1.0, 0.0); };
+  const auto compact = [&](const Tensor& log) { return log.masked_fill(u2 >= 1.0, -kInfinity); };
+  switch (kernel) {
+    case Kernel::gaussian:
+      return u2 * -0.5;
+    case Kernel::laplacian:
+      return (-u).masked_fill(at_zero, 0.0);
+    case Kernel::matern32: {
+      const auto s = u * std::sqrt(3.0);
+      return at::where(at_zero, u2 * -1.5, s.log1p() - s);
+    }
+    case Kernel::matern52: {
+      const auto s = u * std::sqrt(5.0);
+      return at::where(at_zero, u2 * (-5.0 / 6.0), (s + s * s / 3.0).log1p() - s);
+    }
+    case Kernel::cauchy:
+      return -u2.log1p();
+    case Kernel::epanechnikov:
+      return compact((-inside(u2)).log1p());
+    case Kernel::tricube:
+      return compact((-inside(u2 * u.masked_fill(at_zero, 0.0))).log1p() * 3.0);
+    case Kernel::boxcar:
+      return (u2.detach() * 0.0).masked_fill(u2 > 1.0, -kInfinity);
+    default:
+      TORCH_INTERNAL_ASSERT(false, "not a distance kernel");
+  }
+}
+
+Tensor log_kernel(Kernel kernel, const Tensor& query, const Tensor& key, const Tensor& bandwidth) {
+  if (is_distance(kernel)) {
+    return log_of_squared_distance(kernel, squared_distance(query, key, bandwidth));
+  }
+  const auto precision = bandwidth.pow(-2.0);
+  if (kernel == Kernel::dot) return dense::products(query * precision, key);
+  return dense::products(unit(query), unit(key)) * dense::grouped(precision, key.size(1));
+}
+
+/// The part of a per-query operand that belongs to one query head.
+Tensor one_head(const Tensor& per_query, int64_t head) {
+  return per_query.size(1) == 1 ? per_query : per_query.narrow(1, head, 1);
+}
+
+/// log K of every head with its own kernel: (b, heads, groups, rows, keys).
+Tensor log_kernels(
+    const Tensor& query, const Tensor& key, const Tensor& bandwidth, const Chunk& chunk,
+    const Constants& constants) {
+  const auto heads = key.size(1), query_heads = query.size(1), groups = query_heads / heads;
+  const auto* kernels = constants.kernels.data();
+  if (constants.kernels.size() == 1) return log_kernel(*kernels, query, key, bandwidth);
+  kernels += chunk.head * groups;
+  if (std::all_of(kernels, kernels + query_heads, [&](Kernel k) { return k == *kernels; })) {
+    return log_kernel(*kernels, query, key, bandwidth);
+  }
+  Tensors each;
+  for (int64_t head = 0; head < query_heads; ++head) {
+    each.push_back(log_kernel(
+        kernels[head], one_head(query, head), key.narrow(1, head / groups, 1),
+        one_head(bandwidth, head)));
+  }
+  return at::cat(each, 1).squeeze(2).unflatten(1, {heads, groups});
+}
+
+/// Scores with the keys that a query may not read at -inf, an additive mask added.
+Tensor readable(Tensor scores, const Tensor& mask, const Chunk& chunk, const Constants& constants) {
+  scores = dense::masked(scores, mask);
+  if (constants.is_causal) {
+    scores = dense::causal(scores, chunk.row, constants.keys - constants.rows);
+  }
+  if (constants.exclude_self) {
+    const auto options = scores.options().dtype(at::kLong);
+    const auto row = at::arange(chunk.row, chunk.row + chunk.rows, options).unsqueeze(-1);
+    scores = scores.masked_fill(row == at::arange(constants.keys, options), -kInfinity);
+  }
+  return scores;
+}
+
+/// The value of the nearest readable key of each row, 0 where none is readable.
+Tensor nearest_value(
+    const Tensors& in, const Tensor& bandwidth, const Chunk& chunk, const Constants& constants) {
+  const auto &query = in[0], &key = in[1], &value = in[2];
+  const auto distance = squared_distance(query.detach(), key.detach(), bandwidth.detach());
+  const auto blocked =
+      readable(at::zeros_like(distance), in[4], chunk, constants).detach() == -kInfinity;
+  const auto [smallest, index] = distance.masked_fill(blocked, kInfinity).min(-1);
+  const auto found = dense::gather(value, index.flatten(1, 2).unsqueeze(-1)).squeeze(-2);
+  return found.masked_fill(blocked.all(-1).unsqueeze(-1), 0.0).flatten(1, 2);
+}
+
+/// (output, log_mass) of one chunk; in: query, key, value, bandwidth, attn_mask.
+Tensors formula(
+    const Tensors& in, const Chunk& chunk, const Constants& constants, double default_bandwidth) {
+  const auto &query = in[0], &key = in[1], &value = in[2];
+  const auto bandwidth =
+      in[3].defined() ? in[3] : at::full({1, 1, 1, 1}, default_bandwidth, query.options());
+  const auto scores =
+      readable(log_kernels(query, key, bandwidth, chunk, constants), in[4], chunk, constants);
+  auto [weights, grouped_mass] = dense::softmax(scores);
+  const auto log_mass = grouped_mass.flatten(1, 2);
+  if (constants.dropout_p > 0.0 && scores.size(-1) > 0) {
+    const auto rows = dense::row_numbers(query, chunk, constants.query_heads, constants.rows);
+    weights = weights * dense::dropout_factors(
+                            weights, dense::grouped(rows, key.size(1)), constants.seed, 0,
+                            constants.dropout_p);
+  }
+  auto output = dense::weighted_sum(weights, value);
+  if (!constants.normalize) return {output * log_mass.exp(), log_mass};
+  const auto empty = log_mass == -kInfinity;
+  if (constants.nan_where_empty) {
+    output = output.masked_fill(empty, std::numeric_limits<double>::quiet_NaN());
+  }
+  if (constants.nearest_where_empty && scores.size(-1) > 0) {
+    output = at::where(empty, nearest_value(in, bandwidth, chunk, constants), output);
+  }
+  return {output, log_mass};
+}
+
+/// (), (Hq,) or (Hq, D) as (Hq or 1, 1, D or 1).
+Tensor bandwidth_operand(const Tensor& bandwidth) {
+  if (!bandwidth.defined()) return bandwidth;
+  if (bandwidth.dim() == 2) return bandwidth.unsqueeze(1);
+  return bandwidth.reshape({-1, 1, 1});
+}
+
+Problem problem_of(const Arguments& args) {
+  Constants constants{
+      .kernels = {},
+      .is_causal = args.is_causal,
+      .exclude_self = args.exclude_self,
+      .normalize = args.normalize,
+      .nan_where_empty = args.empty == "nan",
+      .nearest_where_empty = args.empty == "nearest",
+      .query_heads = args.query.size(-3),
+      .rows = args.query.size(-2),
+      .keys = args.key.size(-2),
+      .dropout_p = args.dropout_p,
+      .seed = args.seed ? args.seed->item<int64_t>() : 0};
+  bool distances = false;
+  for (const std::string& name : args.kernel) {
+    constants.kernels.push_back(*kernel_named(name));
+    distances |= is_distance(constants.kernels.back());
+  }
+  const auto channels = args.query.size(-1), depth = channels + args.value.size(-1);
+  Problem problem(
+      args.query, args.key.size(-3), constants.keys * (distances ? channels : 1) + depth,
+      constants.keys * depth);
+  auto tensors = differentiable(args);
+  tensors[3] = bandwidth_operand(tensors[3]);
+  constexpr std::array<Axes, kDifferentiable> axes{
+      Axes::query, Axes::key, Axes::key, Axes::query, Axes::query};
+  for (size_t i = 0; i < kDifferentiable; ++i) problem.operands.push_back({tensors[i], axes[i]});
+  const auto default_bandwidth = std::pow(static_cast<double>(channels), 0.25);
+  problem.formula = [constants, default_bandwidth](const Tensors& in, const Chunk& chunk) {
+    return formula(in, chunk, constants, default_bandwidth);
+  };
+  return problem;
+}
+
+Forward forward_portable(
+    const Tensor& query, const Tensor& key, const Tensor& value, const OptionalTensor& bandwidth,
+    Names kernel, const OptionalTensor& attn_mask, bool is_causal, bool exclude_self,
+    bool normalize, std::string_view empty, double dropout_p, const OptionalTensor& seed,
+    bool enable_gqa) {
+  const Arguments args{query,     key,       value,        bandwidth, std::move(kernel),
+                       attn_mask, is_causal, exclude_self, normalize, empty,
+                       dropout_p, seed,      enable_gqa};
+  check(args);
+  at::DimVector rows(query.sizes().begin(), query.sizes().end() - 1), wide = rows;
+  wide.push_back(value.size(-1));
+  const auto mass_dtype = query.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+  const auto output = at::empty(wide, query.options());
+  const auto log_mass = at::empty(rows, query.options().dtype(mass_dtype));
+  chunked::forward(problem_of(args), {output, log_mass.unsqueeze(-1)});
+  return {output, log_mass};
+}
+
+Gradients backward_portable(
+    const Tensor& grad_output, const Tensor& grad_log_mass, const Tensor& query, const Tensor& key,
+    const Tensor& value, const OptionalTensor& bandwidth, Names kernel,
+    const OptionalTensor& attn_mask, bool is_causal, bool exclude_self, bool normalize,
+    std::string_view empty, double dropout_p, const OptionalTensor& seed, bool enable_gqa,
+    const Tensor& /*output*/, const Tensor& /*log_mass*/, std::array<bool, 5> output_mask) {
+  const Arguments args{query,     key,       value,        bandwidth, std::move(kernel),
+                       attn_mask, is_causal, exclude_self, normalize, empty,
+                       dropout_p, seed,      enable_gqa};
+  auto g = chunked::backward(
+      problem_of(args), {grad_output, grad_log_mass.unsqueeze(-1)},
+      std::vector<bool>(output_mask.begin(), output_mask.end()));
+  if (g[3].defined()) g[3] = g[3].view(bandwidth->sizes());
+  for (auto& gradient : g) {
+    if (!gradient.defined()) gradient = at::empty({0}, query.options());
+  }
+  return {g[0], g[1], g[2], g[3], g[4]};
+}
+
+}  // namespace
+
+std::vector<Tensor> double_backward(
+    const Arguments& args, const std::array<Tensor, 2>& grads,
+    const std::array<Tensor, kDifferentiable>& second_order,
+    const std::array<bool, 2 + kDifferentiable>& needed) {
+  Tensors partners(second_order.begin(), second_order.end());
+  partners[3] = bandwidth_operand(partners[3]);
+  auto result = chunked::double_backward(
+      problem_of(args), {grads[0], grads[1].unsqueeze(-1)}, partners,
+      std::vector<bool>(needed.begin(), needed.end()));
+  if (result[1].defined()) result[1] = result[1].squeeze(-1);
+  if (result[5].defined()) result[5] = result[5].view(args.bandwidth->sizes());
+  return result;
+}
+
+TORCH_LIBRARY_IMPL(mixhead, CompositeExplicitAutograd, m) {
+  m.impl("_kernel_attention_forward", forward_portable);
+  m.impl("_kernel_attention_backward", backward_portable);
+}
+
+}  // namespace mixhead::kernels
