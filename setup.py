@@ -63,8 +63,17 @@ class BuildCMake(Command):
         search = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
         cmake = shutil.which("cmake", path=search)
         if cmake is None:
-            sys.exit("mixhead is built with CMake 3.18 or newer, which is not here: `pip install cmake`.")
-        configure = [cmake, "-S", str(ROOT), "-B", str(folder), f"-DPython_EXECUTABLE={sys.executable}"]
+            sys.exit(
+                "mixhead is built with CMake 3.18 or newer, which is not here: `pip install cmake`."
+            )
+        configure = [
+            cmake,
+            "-S",
+            str(ROOT),
+            "-B",
+            str(folder),
+            f"-DPython_EXECUTABLE={sys.executable}",
+        ]
         ninja = shutil.which("ninja", path=search)
         if ninja and not (folder / "CMakeCache.txt").exists():
             configure += ["-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}"]
@@ -74,7 +83,9 @@ class BuildCMake(Command):
         subprocess.check_call([cmake, "--build", str(folder), "--target", "mixhead", "-j", jobs])
         if not self.editable_mode:
             package = Path(self.build_lib) / "mixhead"
-            subprocess.check_call([cmake, "--install", str(folder), "--prefix", str(package.resolve())])
+            subprocess.check_call(
+                [cmake, "--install", str(folder), "--prefix", str(package.resolve())]
+            )
 
     def get_source_files(self):
         return []
