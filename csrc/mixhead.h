@@ -1,7 +1,8 @@
 #pragma once
 
-/// The C++ API of mixhead, one include: the ops as functions with an options struct, and the layers.
-/// Where only an op is used, its own header (<mixhead/mixed_attention/op.h>) compiles much faster.
+/// The C++ API of mixhead, one include: the ops as functions with an options struct, and the
+/// layers. Where only an op is used, its own header (<mixhead/mixed_attention/op.h>) compiles much
+/// faster.
 #include "merge_attention/op.h"
 #include "mixed_attention/op.h"
 #include "nn.h"
