@@ -1,7 +1,8 @@
 """Builds the Python package by driving CMakeLists.txt, the same build a C++ developer runs.
 
-The metadata stands here and not in pyproject.toml because this package is built with the setuptools
-of an environment that already has torch, whatever its age, and old ones do not read today's [project].
+The metadata stands here and not in pyproject.toml because this package is built with the
+setuptools of an environment that already has torch, whatever its age, and old ones do not read
+today's [project].
 """
 
 import importlib.metadata
@@ -12,6 +13,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import ClassVar
 
 from setuptools import Command, Distribution, find_packages, setup
 from setuptools.command.build import build
@@ -31,14 +33,14 @@ def torch_release() -> str:
         return importlib.metadata.version("torch").split("+")[0]
     except importlib.metadata.PackageNotFoundError:
         sys.exit(
-            "mixhead is built with the torch of the environment it is for, and none is visible here. "
+            "mixhead is built with the torch of the environment it is for; none is visible here. "
             "Install torch (2.11 to 2.15), then run `pip install --no-build-isolation .`: without "
             "that flag pip builds in a folder of its own that has no torch."
         )
 
 
 def build_folder() -> Path:
-    """One for each torch, shared with `make` and kept, so that a second build compiles what changed."""
+    """One for each torch, shared with `make` and kept: a second build compiles what changed."""
     return ROOT / "build" / f"torch-{torch_release()}"
 
 
@@ -49,7 +51,7 @@ class BuildCMake(Command):
     """
 
     description = "build libmixhead.so with CMake"
-    user_options = []
+    user_options: ClassVar = []
     editable_mode = False
 
     def initialize_options(self):
@@ -98,7 +100,7 @@ class BuildCMake(Command):
 
 
 class Build(build):
-    sub_commands = [*build.sub_commands, ("build_cmake", None)]
+    sub_commands: ClassVar = [*build.sub_commands, ("build_cmake", None)]
 
     def initialize_options(self):
         super().initialize_options()
