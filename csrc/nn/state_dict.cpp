@@ -61,12 +61,11 @@ StateDict read(const std::string& path) {
   std::ifstream file(path, std::ios::binary);
   TORCH_CHECK(file, "load_state_dict: can't read '", path, "'");
   const std::vector<char> bytes{std::istreambuf_iterator<char>(file), {}};
+  StateDict state;
   try {
-    StateDict state;
     for (const auto& entry : torch::pickle_load(bytes).toGenericDict()) {
       state.emplace(entry.key().toStringRef(), entry.value().toTensor());
     }
-    return state;
   } catch (const std::exception&) {
     TORCH_CHECK(
         false, "load_state_dict: '", path,
@@ -74,6 +73,7 @@ StateDict read(const std::string& path) {
         "save_state_dict(module, path), in Python with torch.save(dict(module.state_dict()), "
         "path)");
   }
+  return state;
 }
 
 /// The names of a MixedMultiheadAttention that torch.nn.MultiheadAttention lacks, wherever `state`
