@@ -1,7 +1,8 @@
 """Builds the Python package by driving CMakeLists.txt, the same build a C++ developer runs.
 
-The metadata stands here and not in pyproject.toml because this package is built with the setuptools
-of an environment that already has torch, whatever its age, and old ones do not read today's [project].
+The metadata stands here and not in pyproject.toml because this package is built with the
+setuptools of an environment that already has torch, whatever its age, and old ones do not read
+today's [project].
 """
 
 import importlib.metadata
@@ -12,6 +13,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import ClassVar
 
 from setuptools import Command, Distribution, find_packages, setup
 from setuptools.command.build import build
@@ -31,14 +33,14 @@ def torch_release() -> str:
         return importlib.metadata.version("torch").split("+")[0]
     except importlib.metadata.PackageNotFoundError:
         sys.exit(
-            "mixhead is built with the torch of the environment it is for, and none is visible here. "
+            "mixhead is built with the torch of the environment it is for; none is visible here. "
             "Install torch (2.11 to 2.15), then run `pip install --no-build-isolation .`: without "
             "that flag pip builds in a folder of its own that has no torch."
         )
 
 
 def build_folder() -> Path:
-    """One for each torch, shared with `make` and kept, so that a second build compiles what changed."""
+    """One for each torch, shared with `make` and kept: a second build compiles what changed."""
     return ROOT / "build" / f"torch-{torch_release()}"
 
 
@@ -49,7 +51,7 @@ class BuildCMake(Command):
     """
 
     description = "build libmixhead.so with CMake"
-    user_options = []
+    user_options: ClassVar = []
     editable_mode = False
 
     def initialize_options(self):
@@ -63,8 +65,17 @@ class BuildCMake(Command):
         search = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
         cmake = shutil.which("cmake", path=search)
         if cmake is None:
-            sys.exit("mixhead is built with CMake 3.18 or newer, which is not here: `pip install cmake`.")
-        configure = [cmake, "-S", str(ROOT), "-B", str(folder), f"-DPython_EXECUTABLE={sys.executable}"]
+            sys.exit(
+                "mixhead is built with CMake 3.18 or newer, which is not here: `pip install cmake`."
+            )
+        configure = [
+            cmake,
+            "-S",
+            str(ROOT),
+            "-B",
+            str(folder),
+            f"-DPython_EXECUTABLE={sys.executable}",
+        ]
         ninja = shutil.which("ninja", path=search)
         if ninja and not (folder / "CMakeCache.txt").exists():
             configure += ["-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}"]
@@ -74,7 +85,9 @@ class BuildCMake(Command):
         subprocess.check_call([cmake, "--build", str(folder), "--target", "mixhead", "-j", jobs])
         if not self.editable_mode:
             package = Path(self.build_lib) / "mixhead"
-            subprocess.check_call([cmake, "--install", str(folder), "--prefix", str(package.resolve())])
+            subprocess.check_call(
+                [cmake, "--install", str(folder), "--prefix", str(package.resolve())]
+            )
 
     def get_source_files(self):
         return []
@@ -87,7 +100,7 @@ class BuildCMake(Command):
 
 
 class Build(build):
-    sub_commands = [*build.sub_commands, ("build_cmake", None)]
+    sub_commands: ClassVar = [*build.sub_commands, ("build_cmake", None)]
 
     def initialize_options(self):
         super().initialize_options()

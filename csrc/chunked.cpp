@@ -15,7 +15,7 @@ namespace {
 using torch::autograd::variable_list;
 
 /// Elements that one call of the formula may hold at a time, operands' slices included.
-constexpr int64_t kBudget = int64_t{1} << 23;
+constexpr int64_t kBudget = int64_t{1} << 21;
 
 int64_t product(at::IntArrayRef sizes) {
   return std::accumulate(sizes.begin(), sizes.end(), int64_t{1}, std::multiplies<>());

@@ -16,11 +16,8 @@ namespace {
 constexpr double infinity = std::numeric_limits<double>::infinity();
 
 at::Tensor softmax_weights(
-    const at::Tensor& query,
-    const at::Tensor& key,
-    const at::Tensor& lse,
-    const std::optional<at::Tensor>& mask,
-    bool is_causal) {
+    const at::Tensor& query, const at::Tensor& key, const at::Tensor& lse,
+    const std::optional<at::Tensor>& mask, bool is_causal) {
   const int64_t heads = key.size(-3);
   const at::Tensor grouped = query.unflatten(-3, {heads, query.size(-3) / heads});
   at::Tensor scores =
@@ -42,9 +39,7 @@ at::Tensor softmax_weights(
 
 /// The memory's share w of a query's attention, broadcastable to (B, Hq, L, 1).
 at::Tensor memory_share(
-    const at::Tensor& mix,
-    const at::Tensor& self_lse,
-    const at::Tensor& memory_lse,
+    const at::Tensor& mix, const at::Tensor& self_lse, const at::Tensor& memory_lse,
     const std::string& rule) {
   const at::Tensor reads_nothing_self = (self_lse == -infinity).unsqueeze(-1);
   const at::Tensor reads_nothing_memory = (memory_lse == -infinity).unsqueeze(-1);
@@ -60,12 +55,8 @@ at::Tensor memory_share(
 }  // namespace
 
 at::Tensor mixed_attention_weights(
-    const at::Tensor& query,
-    const at::Tensor& key,
-    const at::Tensor& memory_key,
-    const at::Tensor& mix,
-    const at::Tensor& self_lse,
-    const at::Tensor& memory_lse,
+    const at::Tensor& query, const at::Tensor& key, const at::Tensor& memory_key,
+    const at::Tensor& mix, const at::Tensor& self_lse, const at::Tensor& memory_lse,
     const MixedAttentionOptions& options) {
   const at::Tensor self_weights =
       softmax_weights(query, key, self_lse, options.attn_mask, options.is_causal);

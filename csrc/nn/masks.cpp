@@ -15,8 +15,8 @@ at::Tensor may_read(const at::Tensor& mask) {
 
 void check_mask(const char* name, const at::Tensor& mask, at::IntArrayRef shape) {
   TORCH_CHECK(
-      mask.sizes() == shape,
-      "MixedMultiheadAttention: ", name, " must have shape ", shape, ", got ", mask.sizes());
+      mask.sizes() == shape, "MixedMultiheadAttention: ", name, " must have shape ", shape,
+      ", got ", mask.sizes());
   TORCH_CHECK(
       mask.scalar_type() == at::kBool || mask.is_floating_point(),
       "MixedMultiheadAttention: ", name, " must be bool or floating point, got ",
@@ -42,12 +42,8 @@ at::Tensor both(const at::Tensor& first, const at::Tensor& second) {
 }  // namespace
 
 std::optional<at::Tensor> sequence_mask(
-    const at::Tensor& key_padding_mask,
-    const at::Tensor& attn_mask,
-    int64_t batch,
-    int64_t num_heads,
-    int64_t length,
-    int64_t keys) {
+    const at::Tensor& key_padding_mask, const at::Tensor& attn_mask, int64_t batch,
+    int64_t num_heads, int64_t length, int64_t keys) {
   std::optional<at::Tensor> padding;
   if (key_padding_mask.defined()) {
     check_mask("key_padding_mask", key_padding_mask, {batch, keys});

@@ -38,8 +38,7 @@ void check_memory_width(const torch::Tensor& memory, int64_t width) {
 
 }  // namespace
 
-MixedMultiheadAttentionOptions::MixedMultiheadAttentionOptions(
-    int64_t embed_dim, int64_t num_heads)
+MixedMultiheadAttentionOptions::MixedMultiheadAttentionOptions(int64_t embed_dim, int64_t num_heads)
     : embed_dim_(embed_dim),
       num_heads_(num_heads),
       kdim_(embed_dim),
@@ -81,7 +80,8 @@ void MixedMultiheadAttentionImpl::reset() {
   check_options();
   const int64_t embed_dim = options.embed_dim();
   const bool packed = options.kdim() == embed_dim && options.vdim() == embed_dim;
-  // Parameters that are not there are registered as undefined, as torch::nn::MultiheadAttention does.
+  // Parameters that are not there are registered as undefined, as torch::nn::MultiheadAttention
+  // does.
   const auto parameter = [this](const char* name, bool wanted, torch::IntArrayRef shape) {
     return register_parameter(name, wanted ? torch::empty(shape) : torch::Tensor(), wanted);
   };
@@ -92,12 +92,11 @@ void MixedMultiheadAttentionImpl::reset() {
   in_proj_bias = parameter("in_proj_bias", options.bias(), {embed_dim + 2 * kv_dim()});
   const int64_t mix_width = options.gate() == "channel" ? head_dim() : 1;
   mix = parameter("mix", true, {options.num_heads(), 1, mix_width});
-  mix_weight =
-      parameter("mix_weight", options.gate() == "token", {options.num_heads(), embed_dim});
+  mix_weight = parameter("mix_weight", options.gate() == "token", {options.num_heads(), embed_dim});
   using torch::nn::Linear;
   using torch::nn::LinearOptions;
-  out_proj = register_module(
-      "out_proj", Linear(LinearOptions(embed_dim, embed_dim).bias(options.bias())));
+  out_proj =
+      register_module("out_proj", Linear(LinearOptions(embed_dim, embed_dim).bias(options.bias())));
   if (options.memory_projection() == "own") {
     const auto projection = LinearOptions(embed_dim, kv_dim()).bias(options.bias());
     memory_k_proj = register_module("memory_k_proj", Linear(projection));
@@ -131,25 +130,19 @@ void MixedMultiheadAttentionImpl::reset_parameters() {
 }
 
 void MixedMultiheadAttentionImpl::pretty_print(std::ostream& stream) const {
-  stream << std::boolalpha << "mixhead::nn::MixedMultiheadAttention(embed_dim="
-         << options.embed_dim() << ", num_heads=" << options.num_heads()
-         << ", num_kv_heads=" << options.num_kv_heads() << ", dropout=" << options.dropout()
-         << ", kdim=" << options.kdim() << ", vdim=" << options.vdim()
-         << ", batch_first=" << options.batch_first() << ", rule='" << options.rule()
-         << "', gate='" << options.gate() << "', memory_projection='"
+  stream << std::boolalpha
+         << "mixhead::nn::MixedMultiheadAttention(embed_dim=" << options.embed_dim()
+         << ", num_heads=" << options.num_heads() << ", num_kv_heads=" << options.num_kv_heads()
+         << ", dropout=" << options.dropout() << ", kdim=" << options.kdim()
+         << ", vdim=" << options.vdim() << ", batch_first=" << options.batch_first() << ", rule='"
+         << options.rule() << "', gate='" << options.gate() << "', memory_projection='"
          << options.memory_projection() << "')";
 }
 
 std::tuple<torch::Tensor, torch::Tensor> MixedMultiheadAttentionImpl::forward(
-    const torch::Tensor& query,
-    const torch::Tensor& key,
-    const torch::Tensor& value,
-    const torch::Tensor& key_padding_mask,
-    bool need_weights,
-    const torch::Tensor& attn_mask,
-    bool average_attn_weights,
-    bool is_causal,
-    const torch::Tensor& memory,
+    const torch::Tensor& query, const torch::Tensor& key, const torch::Tensor& value,
+    const torch::Tensor& key_padding_mask, bool need_weights, const torch::Tensor& attn_mask,
+    bool average_attn_weights, bool is_causal, const torch::Tensor& memory,
     const torch::Tensor& memory_mask) {
   torch::Tensor memory_key, memory_value;
   if (memory.defined()) {
@@ -163,16 +156,9 @@ std::tuple<torch::Tensor, torch::Tensor> MixedMultiheadAttentionImpl::forward(
 }
 
 std::tuple<torch::Tensor, torch::Tensor> MixedMultiheadAttentionImpl::attend(
-    torch::Tensor query,
-    torch::Tensor key,
-    torch::Tensor value,
-    const torch::Tensor& memory_key,
-    const torch::Tensor& memory_value,
-    torch::Tensor key_padding_mask,
-    bool need_weights,
-    const torch::Tensor& attn_mask,
-    bool average_attn_weights,
-    bool is_causal,
+    torch::Tensor query, torch::Tensor key, torch::Tensor value, const torch::Tensor& memory_key,
+    const torch::Tensor& memory_value, torch::Tensor key_padding_mask, bool need_weights,
+    const torch::Tensor& attn_mask, bool average_attn_weights, bool is_causal,
     const torch::Tensor& memory_mask) {
   check_input(query, key, value);
   const bool batched = query.dim() == 3;
@@ -208,8 +194,8 @@ std::tuple<torch::Tensor, torch::Tensor> MixedMultiheadAttentionImpl::attend(
   torch::Tensor output = out_proj(heads.transpose(1, 2).flatten(2));
   torch::Tensor weights;
   if (need_weights) {
-    weights = mixed_attention_weights(
-        query, key, memory_key, logit, self_lse, memory_lse, attention);
+    weights =
+        mixed_attention_weights(query, key, memory_key, logit, self_lse, memory_lse, attention);
     weights = average_attn_weights ? weights.mean(1) : weights;
     weights = batched ? weights : weights.squeeze(0);
   }
@@ -253,8 +239,7 @@ torch::Tensor MixedMultiheadAttentionImpl::project_value(const torch::Tensor& va
 }
 
 torch::Tensor MixedMultiheadAttentionImpl::project_rows(
-    const torch::Tensor& tokens, const torch::Tensor& weight, int64_t start, int64_t length)
-    const {
+    const torch::Tensor& tokens, const torch::Tensor& weight, int64_t start, int64_t length) const {
   return torch::nn::functional::linear(
       tokens, in_proj_weight.defined() ? in_proj_weight.narrow(0, start, length) : weight,
       in_proj_bias.defined() ? in_proj_bias.narrow(0, start, length) : torch::Tensor());

@@ -79,30 +79,18 @@ class MixedMultiheadAttentionImpl : public torch::nn::Cloneable<MixedMultiheadAt
   /// without need_weights): (B, L, S + M), or (B, Hq, L, S + M) where not averaged. They sum to 1,
   /// and to 0 for a query that may read nothing, whose output heads are 0.
   std::tuple<torch::Tensor, torch::Tensor> forward(
-      const torch::Tensor& query,
-      const torch::Tensor& key,
-      const torch::Tensor& value,
-      const torch::Tensor& key_padding_mask = {},
-      bool need_weights = true,
-      const torch::Tensor& attn_mask = {},
-      bool average_attn_weights = true,
-      bool is_causal = false,
-      const torch::Tensor& memory = {},
-      const torch::Tensor& memory_mask = {});
+      const torch::Tensor& query, const torch::Tensor& key, const torch::Tensor& value,
+      const torch::Tensor& key_padding_mask = {}, bool need_weights = true,
+      const torch::Tensor& attn_mask = {}, bool average_attn_weights = true, bool is_causal = false,
+      const torch::Tensor& memory = {}, const torch::Tensor& memory_mask = {});
 
   /// forward with a memory that is projected already: memory_key and memory_value (H, M, D) shared
   /// by the batch, or (B, H, M, D).
   std::tuple<torch::Tensor, torch::Tensor> attend(
-      torch::Tensor query,
-      torch::Tensor key,
-      torch::Tensor value,
-      const torch::Tensor& memory_key,
-      const torch::Tensor& memory_value,
-      torch::Tensor key_padding_mask = {},
-      bool need_weights = true,
-      const torch::Tensor& attn_mask = {},
-      bool average_attn_weights = true,
-      bool is_causal = false,
+      torch::Tensor query, torch::Tensor key, torch::Tensor value, const torch::Tensor& memory_key,
+      const torch::Tensor& memory_value, torch::Tensor key_padding_mask = {},
+      bool need_weights = true, const torch::Tensor& attn_mask = {},
+      bool average_attn_weights = true, bool is_causal = false,
       const torch::Tensor& memory_mask = {});
 
   /// The keys and values (H, M, D) or (B, H, M, D) of memory tokens (M, E) or (B, M, E).
@@ -122,21 +110,14 @@ class MixedMultiheadAttentionImpl : public torch::nn::Cloneable<MixedMultiheadAt
 
  protected:
   FORWARD_HAS_DEFAULT_ARGS(
-      {3, torch::nn::AnyValue(torch::Tensor())},
-      {4, torch::nn::AnyValue(true)},
-      {5, torch::nn::AnyValue(torch::Tensor())},
-      {6, torch::nn::AnyValue(true)},
-      {7, torch::nn::AnyValue(false)},
-      {8, torch::nn::AnyValue(torch::Tensor())},
+      {3, torch::nn::AnyValue(torch::Tensor())}, {4, torch::nn::AnyValue(true)},
+      {5, torch::nn::AnyValue(torch::Tensor())}, {6, torch::nn::AnyValue(true)},
+      {7, torch::nn::AnyValue(false)}, {8, torch::nn::AnyValue(torch::Tensor())},
       {9, torch::nn::AnyValue(torch::Tensor())})
 
  private:
-  int64_t head_dim() const {
-    return options.embed_dim() / options.num_heads();
-  }
-  int64_t kv_dim() const {
-    return options.num_kv_heads() * head_dim();
-  }
+  int64_t head_dim() const { return options.embed_dim() / options.num_heads(); }
+  int64_t kv_dim() const { return options.num_kv_heads() * head_dim(); }
   void check_options() const;
   void check_input(
       const torch::Tensor& query, const torch::Tensor& key, const torch::Tensor& value) const;
@@ -144,8 +125,8 @@ class MixedMultiheadAttentionImpl : public torch::nn::Cloneable<MixedMultiheadAt
   torch::Tensor project_key(const torch::Tensor& key) const;
   torch::Tensor project_value(const torch::Tensor& value) const;
   torch::Tensor project_rows(
-      const torch::Tensor& tokens, const torch::Tensor& weight, int64_t start, int64_t length)
-      const;
+      const torch::Tensor& tokens, const torch::Tensor& weight, int64_t start,
+      int64_t length) const;
   torch::Tensor key_heads(const torch::Tensor& projected) const;
   torch::Tensor mix_logit(const torch::Tensor& query) const;
 };

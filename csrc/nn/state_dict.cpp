@@ -37,8 +37,8 @@ void write(const c10::Dict<std::string, at::Tensor>& state, const std::string& p
   std::string pickle;
   // Without type tags, which Python's weights_only does not read.
   torch::jit::Pickler pickler(
-      [&pickle](const char* bytes, size_t count) { pickle.append(bytes, count); }, nullptr,
-      nullptr, nullptr, {}, /*tag_aggregates=*/false);
+      [&pickle](const char* bytes, size_t count) { pickle.append(bytes, count); }, nullptr, nullptr,
+      nullptr, {}, /*tag_aggregates=*/false);
   pickler.protocol();
   pickler.pushIValue(state);
   pickler.stop();
@@ -51,21 +51,29 @@ void write(const c10::Dict<std::string, at::Tensor>& state, const std::string& p
   writer.writeEndOfFile();
 }
 
+/// What went wrong in a line; LibTorch's own errors carry a backtrace.
+std::string reason(const std::exception& error) {
+  const auto* torch_error = dynamic_cast<const c10::Error*>(&error);
+  return torch_error ? torch_error->what_without_backtrace() : error.what();
+}
+
 StateDict read(const std::string& path) {
   std::ifstream file(path, std::ios::binary);
   TORCH_CHECK(file, "load_state_dict: can't read '", path, "'");
   const std::vector<char> bytes{std::istreambuf_iterator<char>(file), {}};
+  StateDict state;
   try {
-    StateDict state;
     for (const auto& entry : torch::pickle_load(bytes).toGenericDict()) {
       state.emplace(entry.key().toStringRef(), entry.value().toTensor());
     }
-    return state;
   } catch (const std::exception&) {
     TORCH_CHECK(
-        false, "load_state_dict: '", path, "' is no dict of tensors; save one in C++ with "
-        "save_state_dict(module, path), in Python with torch.save(dict(module.state_dict()), path)");
+        false, "load_state_dict: '", path,
+        "' is no dict of tensors; save one in C++ with "
+        "save_state_dict(module, path), in Python with torch.save(dict(module.state_dict()), "
+        "path)");
   }
+  return state;
 }
 
 /// The names of a MixedMultiheadAttention that torch.nn.MultiheadAttention lacks, wherever `state`
@@ -119,8 +127,14 @@ void save_state_dict(const torch::nn::Module& module, const std::string& path) {
     state.insert(name, tensor.detach().cpu().contiguous().clone());
   }
   const std::string unfinished = path + ".unfinished";
-  write(state, unfinished);
-  std::filesystem::rename(unfinished, path);
+  try {
+    write(state, unfinished);
+    std::filesystem::rename(unfinished, path);
+  } catch (const std::exception& error) {
+    std::error_code ignored;
+    std::filesystem::remove(unfinished, ignored);
+    TORCH_CHECK(false, "save_state_dict: can't write '", path, "': ", reason(error));
+  }
 }
 
 void load_state_dict(torch::nn::Module& module, const std::string& path) {

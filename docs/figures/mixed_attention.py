@@ -65,7 +65,9 @@ def draw(path):
 
     axes.text(2.6, 5.3, "the sequence: S keys and values", color=SEQUENCE, size=10.5, va="center")
     cells(axes, 2.6, 4.5, 8, SEQUENCE, [0.1, 0.15, 0.75, 0.2, 0.1, 0.4, 0.1, 0.1])
-    axes.text(2.6, 0.3, "the memory: M slots, thousands or millions", color=MEMORY, size=10.5, va="center")
+    axes.text(
+        2.6, 0.3, "the memory: M slots, thousands or millions", color=MEMORY, size=10.5, va="center"
+    )
     cells(axes, 2.6, 0.65, 14, MEMORY, [0.08, 0.1, 0.08, 0.08, 0.12, 0.08, 0.8, 0.1, 0.08, 0.3])
 
     box(axes, 6.7, 3.35, 2.2, 0.9, SEQUENCE, "$A_s,\\ l_s$")
@@ -81,7 +83,9 @@ def draw(path):
     arrow(axes, (8.95, 3.75), (10.15, 3.15), SEQUENCE)
     arrow(axes, (8.95, 1.95), (10.15, 2.65), MEMORY)
     axes.text(11.6, 4.75, "gate:  $w = \\sigma(mix)$", size=10.5, ha="center", color=INK)
-    axes.text(11.6, 4.2, "joint:  $w = \\sigma(mix + l_m - l_s)$", size=10.5, ha="center", color=INK)
+    axes.text(
+        11.6, 4.2, "joint:  $w = \\sigma(mix + l_m - l_s)$", size=10.5, ha="center", color=INK
+    )
     axes.text(11.6, 1.7, "output", size=10.5, ha="center", color=GATE)
 
     figure.savefig(path, bbox_inches="tight", pad_inches=0.08, facecolor="white")

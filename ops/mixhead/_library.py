@@ -18,8 +18,8 @@ def _release(version: str) -> str:
 def prefix() -> Path:
     """The folder CMake finds mixhead in: this package, or its build folder in a source checkout.
 
-    A checkout keeps one build folder for each version of torch, so that installing it as editable in
-    two environments overwrites nothing.
+    A checkout keeps one build folder for each version of torch, so that installing it as editable
+    in two environments overwrites nothing.
     """
     build = _PACKAGE.parents[1] / "build" / f"torch-{_release(torch.__version__)}"
     in_checkout = not (_PACKAGE / "lib" / _NAME).is_file() and (build / _NAME).is_file()
@@ -27,7 +27,7 @@ def prefix() -> Path:
 
 
 def library_path() -> Path:
-    """The library to load: the file ``MIXHEAD_LIBRARY`` names, else the one the package came with."""
+    """The library to load: what ``MIXHEAD_LIBRARY`` names, else the one the package came with."""
     named = os.environ.get("MIXHEAD_LIBRARY")
     if named:
         if not Path(named).is_file():

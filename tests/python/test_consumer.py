@@ -15,7 +15,7 @@ TORCH_FOLDER = Path(torch.__file__).parent
 
 
 def run(*command, check=True):
-    """Runs a command without a trace of a CUDA toolkit in its environment; returns what it wrote."""
+    """Runs a command without a trace of a CUDA toolkit in its environment."""
     scripts = str(Path(sys.executable).parent)
     folders = [f for f in os.environ["PATH"].split(os.pathsep) if "cuda" not in f]
     environment = {

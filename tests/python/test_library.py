@@ -40,9 +40,8 @@ def test_library_of_another_torch_is_refused(library):
     done = import_mixhead(library)
     assert done.returncode == 1
     error = done.stderr.strip().splitlines()[-1]
-    assert error.startswith(
-        f"ImportError: mixhead was built with torch 2.9.1 but this Python has torch {torch.__version__}."
-    )
+    found = f"this Python has torch {torch.__version__}."
+    assert error.startswith(f"ImportError: mixhead was built with torch 2.9.1 but {found}")
     assert "pip install --no-build-isolation" in error
     assert "or install torch 2.9." in error
 

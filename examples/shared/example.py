@@ -1,0 +1,50 @@
+"""What every example does alike: its arguments, files that are whole or absent, its last line."""
+
+import argparse
+import contextlib
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def argument_parser(folder: Path, description: str | None) -> argparse.ArgumentParser:
+    """A parser with the flags of every example: --seed, --quick, --out."""
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of everything drawn at random")
+    parser.add_argument("--quick", action="store_true", help="a smaller run, for the tests")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=ROOT / "build" / "examples" / folder.name,
+        help="folder for the figures and the model",
+    )
+    return parser
+
+
+@contextlib.contextmanager
+def atomic(path: Path) -> Iterator[Path]:
+    """Gives a name to write to; the file gets its own once it is complete, else it is removed."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{os.getpid()}.{path.name}")
+    try:
+        yield temporary
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def run(main: Callable[[], dict]) -> None:
+    """Runs an example, whose figures become the last line; Ctrl-C ends it in one line."""
+    try:
+        figures = main()
+    except KeyboardInterrupt:
+        print("\nInterrupted: no file was left half-written.", file=sys.stderr)
+        sys.exit(130)
+    rounded = {k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in figures.items()}
+    print("RESULT", json.dumps(rounded), flush=True)
