@@ -2,7 +2,7 @@
 
 from mixhead import _library, distributed
 from mixhead._version import __version__
-from mixhead.functional import merge_attention, mixed_attention
+from mixhead.functional import kernel_attention, merge_attention, mixed_attention
 from mixhead.layers import MixedMultiheadAttention
 from mixhead.memory import MemoryBank
 from mixhead.optim import recommended_parameter_groups
@@ -18,6 +18,7 @@ __all__ = [
     "__version__",
     "cmake_prefix_path",
     "distributed",
+    "kernel_attention",
     "merge_attention",
     "mixed_attention",
     "recommended_parameter_groups",

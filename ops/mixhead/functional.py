@@ -184,6 +184,173 @@ boolean_dispatched[mixed_attention] = {
 }
 
 
+def kernel_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bandwidth: Tensor | None = None,
+    kernel: str | list[str] = "gaussian",
+    *,
+    attn_mask: Tensor | None = None,
+    is_causal: bool = False,
+    exclude_self: bool = False,
+    normalize: bool = True,
+    empty: str = "zero",
+    dropout_p: float = 0.0,
+    enable_gqa: bool = False,
+    return_mass: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    r"""Attention as kernel regression (Nadaraya 1964, Watson 1964).
+
+    .. math::
+        \text{output}_i = \frac{\sum_j K(q_i, k_j)\, v_j}{\sum_j K(q_i, k_j)}, \qquad
+        \text{log\_mass}_i = \log \sum_j K(q_i, k_j)
+
+    with :math:`u = \lVert (q - k) / h \rVert` and the kernel one of
+
+    ================ ==================================================================
+    ``dot``          :math:`\exp((q/h) \cdot (k/h))`
+    ``cosine``       :math:`\exp(\cos(q, k) / h^2)` (von Mises-Fisher); cos of 0 is 0
+    ``gaussian``     :math:`\exp(-u^2/2)`
+    ``laplacian``    :math:`\exp(-u)`
+    ``matern32``     :math:`(1 + \sqrt 3 u) \exp(-\sqrt 3 u)`
+    ``matern52``     :math:`(1 + \sqrt 5 u + 5 u^2 / 3) \exp(-\sqrt 5 u)`
+    ``cauchy``       :math:`1 / (1 + u^2)`
+    ``epanechnikov`` :math:`\max(0, 1 - u^2)`
+    ``tricube``      :math:`\max(0, 1 - u^3)^3`
+    ``boxcar``       1 if :math:`u \le 1` else 0; no gradient to query, key, bandwidth
+    ================ ==================================================================
+
+    Every distance kernel is 1 at distance 0, so the leverage of a fitted point is
+    ``exp(-log_mass)``. Where q equals k gradients are finite; at the cusp of ``laplacian`` the
+    subgradient 0 is taken. Memory use is linear in ``S``.
+
+    Letters: ``B`` batch (any number of leading dimensions, none included), ``Hq`` query heads,
+    ``H`` key/value heads, ``L`` queries, ``S`` keys, ``D`` head size, ``Dv`` value head size.
+
+    Args:
+        query: ``(B, Hq, L, D)``.
+        key: ``(B, H, S, D)``, or ``(H, S, D)``: one set of points shared by the batch.
+        value: ``(B, H, S, Dv)`` or ``(H, S, Dv)``, as ``key``.
+        bandwidth: ``h > 0`` in the units of query and key: ``()``, ``(Hq,)`` or ``(Hq, D)``, one
+            per channel (not for ``cosine``). None means ``D ** 0.25``, with which ``dot`` is
+            exactly `torch.nn.functional.scaled_dot_product_attention`.
+        kernel: one name, or one for each query head.
+        attn_mask: bool (True: may read) or additive float, broadcasts to ``(B, Hq, L, S)``. A
+            float mask adds to log K (the prior weight of a data point) and gets a gradient.
+        is_causal: query ``i`` reads keys up to ``S - L + i``.
+        exclude_self: key ``i`` is left out for query ``i`` (leave-one-out); needs ``L == S``.
+        normalize: False gives the plain sum of ``K v``.
+        empty: what a normalized row of no mass gives: ``"zero"``, ``"nan"``, or ``"nearest"``, the
+            value of the nearest readable key (0 where none is readable).
+        dropout_p: probability with which a weight is dropped, in ``[0, 1]``; reproducible under
+            ``torch.manual_seed``.
+        enable_gqa: ``Hq`` may be a multiple of ``H``.
+        return_mass: also return ``log_mass``. A constant under TorchScript.
+
+    Returns:
+        The output ``(B, Hq, L, Dv)``; with ``return_mass=True`` also ``log_mass`` ``(B, Hq, L)`` in
+        float32 (float64 for float64 input), -inf for a row of no mass. Both are differentiable,
+        twice.
+
+    Raises:
+        RuntimeError: an argument has the wrong shape, dtype, device or value. The message names the
+            argument, what was expected and what came.
+
+    Example:
+        >>> x, y = torch.linspace(0, 1, 50).view(1, 50, 1), torch.randn(1, 50, 1)
+        >>> grid = torch.linspace(0, 1, 200).view(1, 200, 1)
+        >>> mixhead.kernel_attention(grid, x, y, torch.tensor(0.1), "gaussian").shape
+        torch.Size([1, 200, 1])
+    """
+    outputs = torch.ops.mixhead.kernel_attention(
+        query,
+        key,
+        value,
+        bandwidth,
+        [kernel] if isinstance(kernel, str) else kernel,
+        attn_mask=attn_mask,
+        is_causal=is_causal,
+        exclude_self=exclude_self,
+        normalize=normalize,
+        empty=empty,
+        dropout_p=dropout_p,
+        enable_gqa=enable_gqa,
+    )
+    return outputs if return_mass else outputs[0]
+
+
+def _kernel_attention_with_mass(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bandwidth: Tensor | None = None,
+    kernel: str | list[str] = "gaussian",
+    attn_mask: Tensor | None = None,
+    is_causal: bool = False,
+    exclude_self: bool = False,
+    normalize: bool = True,
+    empty: str = "zero",
+    dropout_p: float = 0.0,
+    enable_gqa: bool = False,
+    return_mass: bool = False,
+) -> tuple[Tensor, Tensor]:
+    return torch.ops.mixhead.kernel_attention(
+        query,
+        key,
+        value,
+        bandwidth,
+        [kernel] if isinstance(kernel, str) else kernel,
+        attn_mask=attn_mask,
+        is_causal=is_causal,
+        exclude_self=exclude_self,
+        normalize=normalize,
+        empty=empty,
+        dropout_p=dropout_p,
+        enable_gqa=enable_gqa,
+    )
+
+
+def _kernel_attention_alone(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bandwidth: Tensor | None = None,
+    kernel: str | list[str] = "gaussian",
+    attn_mask: Tensor | None = None,
+    is_causal: bool = False,
+    exclude_self: bool = False,
+    normalize: bool = True,
+    empty: str = "zero",
+    dropout_p: float = 0.0,
+    enable_gqa: bool = False,
+    return_mass: bool = False,
+) -> Tensor:
+    return _kernel_attention_with_mass(
+        query,
+        key,
+        value,
+        bandwidth,
+        kernel,
+        attn_mask,
+        is_causal,
+        exclude_self,
+        normalize,
+        empty,
+        dropout_p,
+        enable_gqa,
+    )[0]
+
+
+boolean_dispatched[kernel_attention] = {
+    "if_true": _kernel_attention_with_mass,
+    "if_false": _kernel_attention_alone,
+    "index": 12,
+    "default": False,
+    "arg_name": "return_mass",
+}
+
+
 def merge_attention(outputs: list[Tensor], lses: list[Tensor]) -> tuple[Tensor, Tensor]:
     r"""The exact attention over the union of disjoint key sets, from each set's part.
 

@@ -167,3 +167,87 @@ def dropout_keep(seed, side, shape, dropout_p):
         x *= numpy.uint32(0x846CA68B)
         x ^= x >> numpy.uint32(16)
     return torch.from_numpy(x.astype(numpy.uint64) >= int(dropout_p * 2**32)).view(shape)
+
+
+def log_kernel(name, query, key, bandwidth):
+    """log K (..., L, S) from query (..., L, D), key (..., S, D), bandwidth (..., 1, D or 1)."""
+    if name == "dot":
+        return (query / bandwidth) @ (key / bandwidth).transpose(-2, -1)
+    if name == "cosine":
+        unit_query, unit_key = (
+            tensor / tensor.norm(dim=-1, keepdim=True).clamp_min(1e-300) for tensor in (query, key)
+        )
+        return unit_query @ unit_key.transpose(-2, -1) / bandwidth**2
+    scaled = (query.unsqueeze(-2) - key.unsqueeze(-3)) / bandwidth.unsqueeze(-2)
+    squared = scaled.square().sum(-1)
+    at_zero = squared == 0
+    u = squared.masked_fill(at_zero, 1.0).sqrt().masked_fill(at_zero, 0.0)
+    kernel = {
+        "gaussian": lambda: (-squared / 2).exp(),
+        "laplacian": lambda: (-u).exp(),
+        "matern32": lambda: (1 + math.sqrt(3) * u) * (-math.sqrt(3) * u).exp(),
+        "matern52": lambda: (1 + math.sqrt(5) * u + 5 * squared / 3) * (-math.sqrt(5) * u).exp(),
+        "cauchy": lambda: 1 / (1 + squared),
+        "epanechnikov": lambda: (1 - squared).clamp_min(0),
+        "tricube": lambda: (1 - u**3).clamp_min(0) ** 3,
+        "boxcar": lambda: (u <= 1).double(),
+    }[name]()
+    zero = kernel == 0
+    return kernel.masked_fill(zero, 1.0).log().masked_fill(zero, -math.inf)
+
+
+def kernel_attention(
+    query,
+    key,
+    value,
+    bandwidth,
+    kernel,
+    *,
+    attn_mask=None,
+    is_causal=False,
+    exclude_self=False,
+    normalize=True,
+    empty="zero",
+    enable_gqa=False,
+):
+    """(output, log_mass) as the table of kernels defines them, every pair stored."""
+    query, key, value = (tensor.double() for tensor in (query, key, value))
+    heads, rows, channels = query.shape[-3:]
+    if bandwidth is None:
+        bandwidth = torch.tensor(channels**0.25)
+    bandwidth = bandwidth.double()
+    bandwidth = bandwidth.reshape(-1, 1, 1) if bandwidth.dim() < 2 else bandwidth.unsqueeze(1)
+    bandwidth = bandwidth.expand(heads, 1, -1)
+    groups = heads // key.shape[-3]
+    key, value = (tensor.repeat_interleave(groups, -3) for tensor in (key, value))
+    names = kernel * heads if len(kernel) == 1 else kernel
+    scores = torch.stack(
+        [
+            log_kernel(name, query[..., h, :, :], key[..., h, :, :], bandwidth[h])
+            for h, name in enumerate(names)
+        ],
+        dim=-3,
+    )
+    keys = key.shape[-2]
+    allowed = torch.ones(rows, keys, dtype=torch.bool)
+    if is_causal:
+        allowed = allowed.tril(keys - rows)
+    if exclude_self:
+        allowed = allowed & ~torch.eye(rows, dtype=torch.bool)
+    allowed = allowed.expand(scores.shape)
+    readable = _readable(torch.zeros_like(scores), attn_mask, allowed)[1]
+    scores, inside = _readable(scores, attn_mask, allowed & (scores.detach() != -math.inf))
+    weights, log_mass, nothing = _softmax(scores, inside)
+    output = weights @ value
+    if not normalize:
+        return output * log_mass.exp().unsqueeze(-1), log_mass
+    if empty == "nan":
+        output = output.masked_fill(nothing.unsqueeze(-1), math.nan)
+    if empty == "nearest" and keys:
+        scaled = (query.unsqueeze(-2) - key.unsqueeze(-3)) / bandwidth.unsqueeze(-2)
+        distance = scaled.square().sum(-1).masked_fill(~readable, math.inf)
+        values = value.expand(*scores.shape[:-2], *value.shape[-2:])
+        index = distance.argmin(-1, keepdim=True).expand(*output.shape)
+        found = values.gather(-2, index).masked_fill(~readable.any(-1, keepdim=True), 0.0)
+        output = torch.where(nothing.unsqueeze(-1), found, output)
+    return output, log_mass
