@@ -214,7 +214,7 @@ def kernel_attention(
     query, key, value = (tensor.double() for tensor in (query, key, value))
     heads, rows, channels = query.shape[-3:]
     if bandwidth is None:
-        bandwidth = torch.tensor(channels**0.25)
+        bandwidth = torch.tensor(channels**0.25, dtype=torch.float64)
     bandwidth = bandwidth.double()
     bandwidth = bandwidth.reshape(-1, 1, 1) if bandwidth.dim() < 2 else bandwidth.unsqueeze(1)
     bandwidth = bandwidth.expand(heads, 1, -1)

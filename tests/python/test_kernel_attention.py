@@ -123,14 +123,17 @@ def results(function, tensors, bandwidth, kernel, options, dtype, wide=False):
     if options.get("empty") == "nan":
         grads[0] = grads[0].masked_fill(empty.unsqueeze(-1), 0.0)
     grads = [grad.to(dtype).to(output.dtype) for grad, output in zip(grads, outputs, strict=True)]
-    found = torch.autograd.grad(outputs, leaves, grads, allow_unused=True)
+    live = [i for i, output in enumerate(outputs) if output.requires_grad]  # not boxcar's mass
+    found = torch.autograd.grad(
+        [outputs[i] for i in live], leaves, [grads[i] for i in live], allow_unused=True
+    )
     return outputs, [
         torch.zeros_like(leaf) if grad is None else grad
         for grad, leaf in zip(found, leaves, strict=True)
     ]
 
 
-@pytest.mark.parametrize(("tensors", "bandwidth", "kernel", "options"), cases())
+@pytest.mark.parametrize(("tensors", "bandwidth", "kernel", "options"), list(cases()))
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_values_and_gradients(tensors, bandwidth, kernel, options, dtype):
     outputs, grads = results(kernel_attention, tensors, bandwidth, kernel, options, dtype)
@@ -238,7 +241,9 @@ def test_leave_one_out_from_leverage():
     torch.testing.assert_close(y - without, (y - fit) / (1 - leverage))
 
 
-@pytest.mark.parametrize("kernel", KERNELS)
+# opcheck looks at .grad of what the op returned, which torch warns of.
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+@pytest.mark.parametrize("kernel", ["dot", "gaussian", "tricube"])
 @pytest.mark.parametrize("name", ["plain", "grouped", "prior", "leave-one-out", "narrow, nearest"])
 def test_opcheck(kernel, name):
     tensors, bandwidth, options = OPTIONS[name]
