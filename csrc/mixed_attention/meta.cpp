@@ -22,10 +22,13 @@ Forward forward_meta(
   const auto lse_options =
       query.options().dtype(query.scalar_type() == at::kDouble ? at::kDouble : at::kFloat);
   const auto like_output = [&] { return at::empty_symint(output_sizes, query.options()); };
-  const auto side = [&] { return args.joint() ? at::empty({0}, query.options()) : like_output(); };
+  const auto kept = [&](bool needed) {
+    return needed ? at::empty_symint(output_sizes, lse_options) : at::empty({0}, lse_options);
+  };
+  const bool rounds = query.scalar_type() != lse_options.dtype();
   return {
       like_output(), at::empty_symint(rows, lse_options), at::empty_symint(rows, lse_options),
-      side(), side()};
+      kept(!args.joint() || rounds), kept(!args.joint())};
 }
 
 Gradients backward_meta(

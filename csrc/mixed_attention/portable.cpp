@@ -92,7 +92,7 @@ Tensor memory_weight(const Tensor& mix, const Side& self, const Side& memory, bo
   return at::where(memory_empty, 0.0, weight);
 }
 
-/// (output, self_lse, memory_lse, self_output, memory_output) of one chunk.
+/// (output, self_lse, memory_lse, self_output, memory_output) of one chunk; see library.cpp.
 Tensors formula(const Tensors& in, const Chunk& chunk, const Constants& constants) {
   const auto self = attend_sequence(in, chunk, constants);
   const bool named = in[8].defined() && in[3].size(2) > 0;
@@ -100,7 +100,8 @@ Tensors formula(const Tensors& in, const Chunk& chunk, const Constants& constant
       named ? attend_named_slots(in, chunk, constants) : attend_memory(in, chunk, constants);
   const auto weight = memory_weight(in[5], self, memory, constants.joint);
   const auto output = self.output * (1.0 - weight) + memory.output * weight;
-  return {output, self.lse, memory.lse, self.output, memory.output};
+  return {
+      output, self.lse, memory.lse, constants.joint ? output : self.output, memory.output};
 }
 
 Problem problem_of(const Arguments& args) {
@@ -145,11 +146,13 @@ Forward forward_portable(
       query.options().dtype(query.scalar_type() == at::kDouble ? at::kDouble : at::kFloat);
   const auto output = at::empty(wide, query.options());
   const auto self_lse = at::empty(rows, lse_options), memory_lse = at::empty(rows, lse_options);
-  const at::DimVector side = args.joint() ? at::DimVector{0} : wide;
-  const auto self_output = at::empty(side, query.options());
-  const auto memory_output = at::empty(side, query.options());
+  const bool rounds = query.scalar_type() != lse_options.dtype();
+  const at::DimVector none{0};
+  const auto self_output = at::empty(args.joint() && !rounds ? none : wide, lse_options);
+  const auto memory_output = at::empty(args.joint() ? none : wide, lse_options);
   std::vector<Tensor> outputs{output, self_lse.unsqueeze(-1), memory_lse.unsqueeze(-1)};
-  if (!args.joint()) outputs.insert(outputs.end(), {self_output, memory_output});
+  if (!args.joint() || rounds) outputs.push_back(self_output);
+  if (!args.joint()) outputs.push_back(memory_output);
   chunked::forward(problem_of(args), outputs);
   return {output, self_lse, memory_lse, self_output, memory_output};
 }

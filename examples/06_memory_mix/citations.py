@@ -56,12 +56,15 @@ def load_examples(reporters: list[Reporter]) -> list[tuple[str, int, str]]:
 
 
 def load_sentences() -> tuple[list[str], list[str]]:
-    """Sentences of the topics, three topics in four for training and the others for the test."""
+    """English sentences of the topics, three topics in four for training and the others for the
+    test. What is written in other characters is code and left out."""
     split: tuple[list[str], list[str]] = ([], [])
     for number, topic in enumerate(sorted(topics)):
-        text = " ".join(topics[topic].split())
-        text = text.encode("ascii", "ignore").decode().replace("*", "").replace('"', "")
-        split[number % 4 == 3].extend(s for s in re.split(r"(?<=[.:]) ", text) if len(s) > 20)
+        text = " ".join(topics[topic].replace("*", "").replace('"', "").split())
+        sentences = re.split(r"(?<=[.:]) ", text)
+        split[number % 4 == 3].extend(
+            s for s in sentences if re.fullmatch(r"[A-Z][A-Za-z0-9 ,.;:()'-]{20,}", s)
+        )
     return split
 
 

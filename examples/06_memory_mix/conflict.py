@@ -1,7 +1,7 @@
 """The conflict: a note and the memory disagree on an abbreviation, a flag says whom to trust.
 
-Of each source the head reads one entry, both on the abbreviation asked, by different names;
-their names differ, and the flag is added to the query. So the head's output is (1 - w) note + w memory and nothing but w can
+Of the notes and of the memory the head reads one entry each, both on the abbreviation asked; the
+flag is added to the query. So the head's output is (1 - w) note + w memory, and nothing but w can
 follow the flag: a gate per token can, one number per head favours the same side for ever. With
 more entries to read there is a way around it, so `entries` says how many (see README.md).
 """

@@ -40,7 +40,7 @@ def draw_gates(course: list[list[float]], gate: Tensor, path: Path) -> None:
     right.set_xticks(range(3), [f"{question}?" for question in QUESTIONS])
     right.set_title(f"... and afterwards, in {len(gate)} unseen texts", loc="left", fontsize=10)
     right.annotate("look up: reads the memory", (1.5, 0.97), ha="center", color="0.35")
-    right.annotate("think: reads the text", (0, 0.01), ha="center", color="0.35")
+    right.annotate("think: reads the text", (1.5, 0.09), ha="center", color="0.35")
     for axis in (left, right):
         axis.spines[["top", "right"]].set_visible(False)
     save(figure, path)
@@ -66,7 +66,7 @@ def draw_text(axis, text: str, weights: Tensor, color: str) -> None:
             fontsize=6,
             family="monospace",
         )
-    axis.set(xlim=(0, COLUMNS), ylim=(-(len(text) - 1) // COLUMNS, 1.05))
+    axis.set(xlim=(0, COLUMNS), ylim=(-((len(text) - 1) // COLUMNS), 1.05))
     axis.axis("off")
 
 

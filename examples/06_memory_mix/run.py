@@ -33,15 +33,23 @@ from training import answers_right, area_under_curve, fill, train, with_gate  # 
 
 NEW_ENTRY = ("Reykj. Rep.", "Reykjavik District Reports")
 CITATIONS = ["410 U.S. 113", "The court in 304 F.3d 1064 held otherwise.", "12 Reykj. Rep. 345"]
-QUICK = {"steps": 150, "batch": 32, "memory": 64, "reporters": 150, "held_out": 16, "tests": 200}
+QUICK = {
+    "steps": 120,
+    "batch": 32,
+    "memory": 48,
+    "reporters": 120,
+    "held_out": 16,
+    "tests": 100,
+    "conflict_steps": 60,
+}
 
 
 def arguments() -> argparse.Namespace:
     parser = argument_parser(FOLDER, __doc__.splitlines()[0])
     sizes = {
-        "steps": (700, "training steps"),
-        "batch": (48, "texts a step"),
-        "memory": (256, "entries in the memory of a training step"),
+        "steps": (1500, "training steps"),
+        "batch": (40, "texts a step"),
+        "memory": (192, "entries in the memory of a training step"),
         "reporters": (0, "reporters to use; 0: all of reporters-db"),
         "held-out": (64, "reporters kept from training, for new_entry_found"),
         "tests": (1000, "texts of the test"),
@@ -122,10 +130,11 @@ def evaluate(model: MemoryMix, library: Library, texts: Texts, args) -> tuple[di
 
 def draw(model: MemoryMix, course: list, gate: torch.Tensor, length: int, out: Path) -> None:
     figures.draw_gates(course, gate, out / "gates.png")
-    text = "The rule was first stated in 410 U.S. 113 and was followed for 50 years."
+    entries = [bytes(row.tolist()).rstrip(b"\0").decode() for row in model.abbreviations]
+    abbreviation = "U.S." if "U.S." in entries else entries[0]
+    text = f"The rule was first stated in 410 {abbreviation} 113 and was followed for 50 years."
     with torch.no_grad():
         _, _, finder, mixer = model(app.as_bytes(text.ljust(length, "\0")).unsqueeze(0))
-    entries = [bytes(row.tolist()).rstrip(b"\0").decode() for row in model.abbreviations]
     figures.draw_reads(text, finder[0], mixer[0], entries, out / "reads.png")
 
 
@@ -144,6 +153,8 @@ def main() -> dict:
     library = Library(args.held_out, args.seed, args.reporters)
     print(f"{len(library.reporters)} reporters of reporters-db, {len(library.held_out)} held out")
     train_sentences, test_sentences = load_sentences()
+    # Sentences with numbers of their own are rare, and the ones to stumble over.
+    train_sentences += 4 * [s for s in train_sentences if any(c.isdigit() for c in s)]
     train_texts = Texts(train_sentences, args.length, args.words, args.seed)
     test_texts = Texts(test_sentences, args.length, args.words, args.seed + 1)
     model = MemoryMix(

@@ -12,7 +12,6 @@ from pathlib import Path
 import mixhead
 import pytest
 import torch
-from mixhead import _library
 
 
 def layer():
@@ -50,8 +49,15 @@ def drop_debug_records(path):
                 archive.writestr(name, record)
 
 
+def cpp_tests():
+    """The GoogleTest program of the build folder of this torch, which `make test` builds first."""
+    release = torch.__version__.split("+")[0]
+    build = Path(__file__).parents[2] / "build" / f"torch-{release}"
+    return Path(os.environ.get("MIXHEAD_CPP_TESTS", build / "tests" / "mixhead_tests"))
+
+
 def test_cpp_reads_python_and_python_reads_cpp(tmp_path):
-    program = _library.library_path().parent / "tests" / "mixhead_tests"
+    program = cpp_tests()
     if not program.is_file():
         pytest.skip(f"{program} is not built (MIXHEAD_BUILD_TESTS=ON builds it)")
     write_files(tmp_path)

@@ -1,0 +1,153 @@
+#pragma once
+// The matrix micro-kernels: C[row][lane] (+)= sum_step A[row][step] * B[step][lane].
+//
+// A is read by broadcasts, so it may have any strides and needs no packing; the lanes of B and C are
+// contiguous. Whatever is blocked in registers is blocked by the compiler from these loops.
+#include "cpu/vector-inl.h"
+
+namespace mixhead::cpu {
+namespace {
+
+/// What a micro-kernel multiplies: one float or double at a time.
+template <class T>
+struct Plain {
+  using Acc = T;
+  using Operand = T;
+  static constexpr int steps = 1;  // products in one step of the sum
+  static inline __attribute__((always_inline)) Vector<T> multiply_add(
+      Vector<T> sum, const char* a, Vector<T> b) {
+    T scalar;
+    __builtin_memcpy(&scalar, a, sizeof(T));
+    return sum + scalar * b;
+  }
+};
+
+#if defined(__AVX512BF16__)
+/// Pairs of bfloat16, summed in float32.
+struct BFloat16Pairs {
+  using Acc = float;
+  using Operand = uint32_t;
+  static constexpr int steps = 2;
+  static inline __attribute__((always_inline)) Vector<float> multiply_add(
+      Vector<float> sum, const char* a, Vector<uint32_t> b) {
+    int pair;
+    __builtin_memcpy(&pair, a, sizeof(pair));
+    return (Vector<float>)_mm512_dpbf16_ps(
+        (__m512)sum, (__m512bh)_mm512_set1_epi32(pair), (__m512bh)b);
+  }
+};
+#endif
+
+/// Bytes from one element of A to the next.
+struct Strides {
+  int64_t row, step;
+};
+
+enum class Update : uint8_t {
+  store,
+  add,
+  rescale  // C = C * alpha[lane] + product
+};
+
+constexpr int kAccumulators = kRegisters == 32 ? 24 : 12;
+constexpr int kPanelVectors = kRegisters == 32 ? 4 : 2;  // widest B: leaves most rows of A
+
+template <class M, int rows, int vectors>
+inline void gemm_block(
+    int64_t steps, const char* a, Strides strides, const typename M::Operand* b, int64_t b_step,
+    typename M::Acc* c, int64_t c_row, Update update, const typename M::Acc* alpha) {
+  using Acc = typename M::Acc;
+  constexpr int lanes = kLanes<Acc>;
+  Vector<Acc> sum[rows][vectors];
+#pragma GCC unroll 16
+  for (int i = 0; i < rows; ++i) {
+#pragma GCC unroll 8
+    for (int j = 0; j < vectors; ++j) sum[i][j] = Vector<Acc>{};
+  }
+  for (int64_t step = 0; step < steps; ++step) {
+    Vector<typename M::Operand> operand[vectors];
+#pragma GCC unroll 8
+    for (int j = 0; j < vectors; ++j) {
+      operand[j] = load<typename M::Operand>(b + step * b_step + j * lanes);
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < rows; ++i) {
+#pragma GCC unroll 8
+      for (int j = 0; j < vectors; ++j) {
+        sum[i][j] = M::multiply_add(
+            sum[i][j], a + i * strides.row + step * strides.step, operand[j]);
+      }
+    }
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < rows; ++i) {
+#pragma GCC unroll 8
+    for (int j = 0; j < vectors; ++j) {
+      Acc* at = c + i * c_row + j * lanes;
+      if (update == Update::add) sum[i][j] += load<Acc>(at);
+      if (update == Update::rescale) sum[i][j] += load<Acc>(at) * load<Acc>(alpha + j * lanes);
+      store(at, sum[i][j]);
+    }
+  }
+}
+
+template <class M, int rows, int vectors>
+__attribute__((noinline)) void gemm_rows(
+    int64_t count, int64_t steps, const char* a, Strides strides, const typename M::Operand* b,
+    int64_t b_step, typename M::Acc* c, int64_t c_row, Update update,
+    const typename M::Acc* alpha) {
+  for (int64_t i = 0; i + rows <= count; i += rows) {
+    gemm_block<M, rows, vectors>(
+        steps, a + i * strides.row, strides, b, b_step, c + i * c_row, c_row, update, alpha);
+  }
+}
+
+/// `rows` of A against `vectors` vectors of lanes; `steps` counts operands (pairs for bfloat16).
+template <class M, int vectors>
+void gemm(
+    int64_t rows, int64_t steps, const void* a_data, Strides strides,
+    const typename M::Operand* b, int64_t b_step, typename M::Acc* c, int64_t c_row,
+    Update update = Update::store, const typename M::Acc* alpha = nullptr) {
+  constexpr int block = kAccumulators / vectors > 12 ? 12 : kAccumulators / vectors;
+  const char* a = static_cast<const char*>(a_data);
+  const int64_t whole = rows / block * block;
+  gemm_rows<M, block, vectors>(
+      whole, steps, a, strides, b, b_step, c, c_row, update, alpha);
+  a += whole * strides.row;
+  c += whole * c_row;
+  int64_t rest = rows - whole;
+  const auto finish = [&]<int size>() {
+    gemm_rows<M, size, vectors>(size, steps, a, strides, b, b_step, c, c_row, update, alpha);
+    a += size * strides.row;
+    c += size * c_row;
+    rest -= size;
+  };
+  if (rest >= 8) finish.template operator()<8>();
+  if (rest >= 4) finish.template operator()<4>();
+  if (rest >= 2) finish.template operator()<2>();
+  if (rest >= 1) finish.template operator()<1>();
+}
+
+/// The same for any number of lanes, a multiple of the vector's.
+template <class M>
+void gemm_wide(
+    int64_t rows, int64_t lanes, int64_t steps, const void* a, Strides strides,
+    const typename M::Operand* b, int64_t b_step, typename M::Acc* c, int64_t c_row,
+    Update update) {
+  constexpr int vector = kLanes<typename M::Acc>;
+  int64_t lane = 0;
+  const auto part = [&]<int vectors>() {
+    gemm<M, vectors>(
+        rows, steps, a, strides, b + lane, b_step, c + lane, c_row, update);
+    lane += vectors * vector;
+  };
+  while (lanes - lane >= kPanelVectors * vector) part.template operator()<kPanelVectors>();
+  if constexpr (kPanelVectors == 4) {
+    if (lanes - lane >= 3 * vector) part.template operator()<3>();
+    if (lanes - lane >= 2 * vector) part.template operator()<2>();
+  }
+  if (lanes - lane >= vector) part.template operator()<1>();
+}
+
+}  // namespace
+}  // namespace mixhead::cpu
