@@ -102,10 +102,11 @@ void for_each_chunk(const Problem& problem, const Visit& visit) {
   for (int64_t head = 0; head < problem.heads; head += size.heads) {
     for (int64_t batch = 0; batch < batches; batch += size.batches) {
       for (int64_t row = 0; row < problem.rows; row += size.rows) {
-        visit(Chunk{
-            batch, std::min(size.batches, batches - batch), head,
-            std::min(size.heads, problem.heads - head), row,
-            std::min(size.rows, problem.rows - row)});
+        visit(
+            Chunk{
+                batch, std::min(size.batches, batches - batch), head,
+                std::min(size.heads, problem.heads - head), row,
+                std::min(size.rows, problem.rows - row)});
       }
     }
   }
