@@ -13,9 +13,11 @@ from tqdm import tqdm
 
 
 def drawn_neighbours(order: Tensor, count: int, generator: torch.Generator, run: int = 8) -> Tensor:
-    """`count` of `order`, in runs of neighbours: what is alike in its beginning, or its end."""
+    """`count` of `order`, in runs of neighbours, each in a random order: what is alike in its
+    beginning, or its end."""
     starts = torch.randperm(len(order) // run, generator=generator)[: math.ceil(count / run)]
-    return order[(starts[:, None] * run + torch.arange(run)).flatten()[:count]]
+    shuffled = torch.rand(len(starts), run, generator=generator).argsort(1)
+    return order[(starts[:, None] * run + shuffled).flatten()[:count]]
 
 
 def scores(model: MemoryMix, output: Tensor, batch: Batch, name_codes: Tensor) -> Tensor:
@@ -50,7 +52,6 @@ def train(model: MemoryMix, library: Library, texts: Texts, args) -> list[list[f
         order = library.trained if step % 2 else library.trained_backwards
         entries = drawn_neighbours(order, size, generator)
         names = drawn_neighbours(library.trained_names, size, generator)
-        names = names[torch.randperm(size, generator=generator)]
         cited = torch.randint(size, (args.batch,), generator=generator)
         batch = texts.batch(library.citable(entries[cited]))
         key, value = model.key(library.abbreviations[entries]), model.value(library.names[names])

@@ -136,16 +136,22 @@ class TestMemoryMix:
 
     def test_interrupt_leaves_no_file(self, tmp_path):
         command = [sys.executable, MEMORY_MIX / "run.py", "--out", tmp_path / "out"]
+        # A runner in the background ignores SIGINT, and so would the example it starts.
+        before = signal.signal(signal.SIGINT, signal.default_int_handler)
         process = subprocess.Popen(
             [str(word) for word in command], stderr=subprocess.PIPE, text=True,
             env={**os.environ, "PYTHONUNBUFFERED": "1"},
         )  # fmt: skip
-        shown = ""
-        deadline = time.monotonic() + 120
-        while "train:" not in shown and time.monotonic() < deadline:
-            shown += process.stderr.read(1)
-        process.send_signal(signal.SIGINT)
-        _, rest = process.communicate(timeout=60)
+        signal.signal(signal.SIGINT, before)
+        try:
+            shown = ""
+            deadline = time.monotonic() + 120
+            while "train:" not in shown and time.monotonic() < deadline:
+                shown += process.stderr.read(1)
+            process.send_signal(signal.SIGINT)
+            _, rest = process.communicate(timeout=60)
+        finally:
+            process.kill()
         assert process.returncode == 130
         assert "Traceback" not in rest
         assert rest.splitlines()[-1] == "Interrupted: no file was left half-written."
