@@ -23,7 +23,7 @@ def run_example(folder: Path, *arguments: object) -> tuple[str, dict]:
     """Standard output of `run.py --quick`, and the figures of its last line."""
     command = [sys.executable, folder / "run.py", "--quick", *arguments]
     result = subprocess.run(
-        [str(word) for word in command], capture_output=True, text=True, timeout=300
+        [str(word) for word in command], capture_output=True, text=True, timeout=900
     )
     assert result.returncode == 0, result.stdout + result.stderr
     assert "Warning" not in result.stderr
