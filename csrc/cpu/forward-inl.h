@@ -5,12 +5,17 @@
 namespace mixhead::cpu {
 namespace {
 
+/// Whether two steps' operands fit beside each other into the lanes of half as many rows.
+template <class M>
+constexpr bool kCanPair = kVectorBytes == 64 && sizeof(typename M::Operand) == 4;
+
 template <class M>
 struct ForwardPanel {
   using Acc = typename M::Acc;
   Rows<Acc> rows;
-  typename M::Operand* query;  // [steps][lanes]
-  Acc* output;                 // [value_channels][lanes], relative to the running maximum
+  typename M::Operand* query;  // [steps][lanes], or [steps / 2][2 lanes of each row] where paired
+  Acc* output;  // [value_channels][lanes], or [rows][value_channels], relative to the maximum
+  bool paired, by_row;
   Acc* highest;                // running maximum of the base-2 scores
   Acc* sum;
 };
@@ -117,18 +122,68 @@ void weigh(
   }
 }
 
+/// Sums of lane pairs to the first half of each vector.
+inline void fold_pairs(float* products, int64_t keys) {
+#if defined(__AVX512F__)
+  const auto even = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 0, 2, 4, 6, 8, 10, 12, 14);
+  for (int64_t k = 0; k < keys; ++k) {
+    const auto pairs = (__m512)load<float>(products + k * 16);
+    const auto sums = _mm512_add_ps(pairs, _mm512_permute_ps(pairs, 0xB1));
+    store(products + k * 16, _mm512_permutexvar_ps(even, sums));
+  }
+#else
+  (void)products;
+  (void)keys;
+#endif
+}
+
+/// Few rows, whose outputs lie by row: the values' channels along the lanes.
+template <class M>
+void add_values_by_row(
+    const Problem& problem, ForwardPanel<M>& panel, int64_t keys, const Broadcast& value,
+    const typename M::Acc* weights, const typename M::Acc* alpha, const Ahead& next_value) {
+  using Operand = typename M::Operand;
+  constexpr int64_t size = sizeof(Operand);
+  const int64_t channels = problem.value_channels, lanes = panel.rows.lanes;
+  for (int64_t row = 0; row < panel.rows.count; ++row) {
+    auto* out = panel.output + row * channels;
+    for (int64_t c = 0; c < channels; ++c) out[c] *= alpha[row];
+  }
+  const auto* values = static_cast<const Operand*>(value.data);
+  const int64_t value_row = value.strides.step / size, steps = divide_up(keys, M::steps);
+  constexpr int64_t kPart = 32;  // steps between two fetches
+  for (int64_t step = 0; step < steps; step += kPart) {
+    const int64_t end = smaller(steps, step + kPart);
+    if (next_value.data) {
+      prefetch(next_value, step * next_value.rows / steps, end * next_value.rows / steps);
+    }
+    gemm_wide<M>(
+        panel.rows.count, channels, end - step, reinterpret_cast<const Operand*>(weights) + step * lanes,
+        {size, lanes * size}, values + step * value_row, value_row, panel.output, channels,
+        Update::add);
+  }
+}
+
 /// One key block past one panel.
 template <class M, int vectors>
 void forward_block(
     const Problem& problem, ForwardPanel<M>& panel, const Bias<typename M::Acc>& bias,
     int64_t first, int64_t keys, const Broadcast& key, const Broadcast& value,
-    typename M::Acc* scores) {
+    typename M::Acc* scores, const Ahead& next_key, const Ahead& next_value) {
   using Acc = typename M::Acc;
   using V = Vector<Acc>;
   constexpr int lanes = kLanes<Acc>, width = vectors * lanes;
-  gemm<M, vectors>(
-      keys, divide_up(problem.channels, M::steps), key.data, key.strides, panel.query, width,
-      scores, width);
+  if (kCanPair<M> && vectors == 1 && panel.paired) {
+    gemm<Paired<M>, 1>(
+        keys, problem.channels / Paired<M>::steps, key.data,
+        {key.strides.row, 2 * key.strides.step}, panel.query, width, scores, width, Update::store,
+        nullptr, next_key);
+    if constexpr (kCanPair<M>) fold_pairs(scores, keys);
+  } else {
+    gemm<M, vectors>(
+        keys, divide_up(problem.channels, M::steps), key.data, key.strides, panel.query, width,
+        scores, width, Update::store, nullptr, next_key);
+  }
 
   V highest[vectors];
 #pragma GCC unroll 4
@@ -150,10 +205,14 @@ void forward_block(
   }
 
   weigh<M, vectors>(problem, panel, first, keys, scores, alpha);
+  if (panel.by_row) {
+    add_values_by_row(problem, panel, keys, value, scores, alpha, next_value);
+    return;
+  }
   gemm<M, vectors>(
       problem.value_channels, divide_up(keys, M::steps), value.data, value.strides,
       reinterpret_cast<const typename M::Operand*>(scores), width, panel.output, width,
-      Update::rescale, alpha);
+      Update::rescale, alpha, next_value);
 }
 
 /// Normalises a panel and writes its rows to the split's results.
@@ -170,11 +229,19 @@ void finish_panel(
     const Acc inverse = sum == 0 ? Acc{0} : 1 / sum;
     auto* out = static_cast<Acc*>(work.part[side]) + row * p.value_channels;
     for (int64_t c = 0; c < p.value_channels; ++c) {
-      out[c] = panel.output[c * rows.lanes + lane] * inverse;
+      const int64_t from = panel.by_row ? lane * p.value_channels + c : c * rows.lanes + lane;
+      out[c] = panel.output[from] * inverse;
     }
     static_cast<Acc*>(work.part_lse[side])[row] =
         sum == 0 ? -kInfinity<Acc> : panel.highest[lane] + log2(sum);
   }
+}
+
+template <class Io>
+Ahead ahead(const KeyRows<Io>& rows, int64_t count, int64_t channels) {
+  constexpr int64_t size = sizeof(Io);
+  if (rows.column != 1) return {};
+  return {reinterpret_cast<const char*>(rows.data), count, rows.row * size, channels * size};
 }
 
 /// Streams keys [item.first_key, + item.keys) past the panels in `scratch`.
@@ -190,6 +257,7 @@ void stream(
   const int64_t last = item.first_key + item.keys;
   for (int64_t first = item.first_key; first < last; first += work.tiles.keys) {
     const int64_t keys = smaller(work.tiles.keys, last - first);
+    const int64_t after = first + keys, next = smaller(work.tiles.keys, last - after);
     Broadcast key{}, value{};
     for (int64_t i = 0; i < panels; ++i) {
       auto& panel = scratch.panels[i];
@@ -201,9 +269,27 @@ void stream(
         value = by_key<M>(value_data.from(first), keys, p.value_channels, scratch.value);
       }
       with_vectors(panel.rows.vectors(), [&]<int vectors>() {
-        forward_block<M, vectors>(p, panel, bias, first, keys, key, value, scratch.scores);
+        const bool fetch = i == panels - 1 && next > 0;
+        forward_block<M, vectors>(
+            p, panel, bias, first, keys, key, value, scratch.scores,
+            fetch ? ahead(key_data.from(after), next, p.channels) : Ahead{},
+            fetch ? ahead(value_data.from(after), next, p.value_channels) : Ahead{});
       });
     }
+  }
+}
+
+/// [steps][lanes] to [steps / 2][lanes], the steps of a pair in neighbouring lanes.
+template <class Operand>
+void pair_steps(Operand* query, int64_t steps, int64_t rows) {
+  constexpr int64_t lanes = kVectorBytes / sizeof(Operand);
+  for (int64_t step = 0; step < steps; step += 2) {
+    Operand paired[lanes] = {};
+    for (int64_t row = 0; row < rows; ++row) {
+      paired[2 * row] = query[step * lanes + row];
+      paired[2 * row + 1] = query[(step + 1) * lanes + row];
+    }
+    for (int64_t lane = 0; lane < lanes; ++lane) query[step / 2 * lanes + lane] = paired[lane];
   }
 }
 
@@ -220,7 +306,13 @@ void start_panel(
     return position(p, source, work.chunk, item.unit, item.first_row + rows.first + lane);
   };
   place_rows(p, source, rows.count, position_of, panel.rows);
+  const bool half = panel.rows.count <= kLanes<Acc> / 2;
+  panel.paired = kCanPair<M> && half && source.key.column == 1 && p.channels % (2 * M::steps) == 0;
+  panel.by_row = half && source.value.column == 1 && p.value_channels % kLanes<Acc> == 0;
   pack_lanes<M, Io>(p.query, panel.rows, p.channels, panel.query);
+  if (panel.paired) {  // [step][row] becomes [step / 2][row][step % 2]
+    pair_steps(panel.query, p.channels / M::steps, panel.rows.count);
+  }
   for (int64_t i = 0; i < p.value_channels * panel.rows.lanes; ++i) panel.output[i] = 0;
   for (int64_t i = 0; i < panel.rows.lanes; ++i) {
     panel.highest[i] = -kInfinity<Acc>;

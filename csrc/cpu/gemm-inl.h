@@ -38,6 +38,29 @@ struct BFloat16Pairs {
 };
 #endif
 
+/// Two neighbouring steps at once, in the even and the odd lanes: for so few rows that they fill half
+/// a vector. A's steps must be next to each other; the sums of a lane pair belong together.
+template <class M>
+struct Paired {
+  using Acc = typename M::Acc;
+  using Operand = typename M::Operand;
+  static constexpr int steps = 2 * M::steps;
+  static inline __attribute__((always_inline)) Vector<Acc> multiply_add(
+      Vector<Acc> sum, const char* a, Vector<Operand> b) {
+    uint64_t pair;
+    __builtin_memcpy(&pair, a, sizeof(pair));
+    const auto both = broadcast(pair);
+#if defined(__AVX512BF16__)
+    if constexpr (M::steps == 2) {
+      return (Vector<float>)_mm512_dpbf16_ps((__m512)sum, (__m512bh)both, (__m512bh)b);
+    } else
+#endif
+    {
+      return sum + (Vector<Acc>)both * (Vector<Acc>)b;
+    }
+  }
+};
+
 /// Bytes from one element of A to the next.
 struct Strides {
   int64_t row, step;
@@ -91,12 +114,29 @@ inline void gemm_block(
   }
 }
 
+/// Rows that a later product reads: a product fetches them, spread over its blocks, so that memory
+/// is read while the arithmetic goes on.
+struct Ahead {
+  const char* data;  // null for none
+  int64_t rows, stride, bytes;
+};
+
+inline void prefetch(const Ahead& ahead, int64_t first, int64_t last) {
+  for (int64_t row = first; row < last; ++row) {
+    const char* at = ahead.data + row * ahead.stride;
+    for (int64_t byte = 0; byte < ahead.bytes; byte += 64) __builtin_prefetch(at + byte, 0, 2);
+  }
+}
+
 template <class M, int rows, int vectors>
 __attribute__((noinline)) void gemm_rows(
     int64_t count, int64_t steps, const char* a, Strides strides, const typename M::Operand* b,
     int64_t b_step, typename M::Acc* c, int64_t c_row, Update update,
-    const typename M::Acc* alpha) {
+    const typename M::Acc* alpha, const Ahead& ahead) {
   for (int64_t i = 0; i + rows <= count; i += rows) {
+    if (ahead.data) {
+      prefetch(ahead, i * ahead.rows / count, (i + rows) * ahead.rows / count);
+    }
     gemm_block<M, rows, vectors>(
         steps, a + i * strides.row, strides, b, b_step, c + i * c_row, c_row, update, alpha);
   }
@@ -107,17 +147,19 @@ template <class M, int vectors>
 void gemm(
     int64_t rows, int64_t steps, const void* a_data, Strides strides,
     const typename M::Operand* b, int64_t b_step, typename M::Acc* c, int64_t c_row,
-    Update update = Update::store, const typename M::Acc* alpha = nullptr) {
+    Update update = Update::store, const typename M::Acc* alpha = nullptr,
+    const Ahead& ahead = {}) {
   constexpr int block = kAccumulators / vectors > 12 ? 12 : kAccumulators / vectors;
   const char* a = static_cast<const char*>(a_data);
   const int64_t whole = rows / block * block;
   gemm_rows<M, block, vectors>(
-      whole, steps, a, strides, b, b_step, c, c_row, update, alpha);
+      whole, steps, a, strides, b, b_step, c, c_row, update, alpha, ahead);
   a += whole * strides.row;
   c += whole * c_row;
   int64_t rest = rows - whole;
   const auto finish = [&]<int size>() {
-    gemm_rows<M, size, vectors>(size, steps, a, strides, b, b_step, c, c_row, update, alpha);
+    gemm_rows<M, size, vectors>(
+        size, steps, a, strides, b, b_step, c, c_row, update, alpha, {});
     a += size * strides.row;
     c += size * c_row;
     rest -= size;
