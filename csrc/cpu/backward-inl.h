@@ -1,6 +1,7 @@
 #pragma once
-// The backward: weights are recomputed from the log-sum-exp; each item owns the gradients of a range
-// of keys and adds to its own copy of the queries' gradients, which reduce sums in a fixed order.
+// The backward: weights are recomputed from the log-sum-exp; each item owns the gradients of a
+// range of keys and adds to its own copy of the queries' gradients, which reduce sums in a fixed
+// order.
 //
 // With w the source's weight in a row's output and P = exp(S - lse) its attention:
 //   delta = w <dO, A> - dlse          (the joint rule: A is the mixed output)
@@ -27,7 +28,8 @@ auto row_mix(const Problem& p, const BackwardInputs& in, const Position& at_row)
   }
   row.per_channel = p.mix_per_channel;
   if (!row.per_channel) {
-    const double mix = load_as(p.mix_type, p.mix.data, offset(p.mix, at_row.batch, at_row.head, at_row.query));
+    const double mix =
+        load_as(p.mix_type, p.mix.data, offset(p.mix, at_row.batch, at_row.head, at_row.query));
     row.weight[1] = memory_weight<Acc>(p, mix, row.lse[0], row.lse[1]);
     row.weight[0] = 1 - row.weight[1];
   }
@@ -36,8 +38,7 @@ auto row_mix(const Problem& p, const BackwardInputs& in, const Position& at_row)
 
 /// The weight of `side` in channel c.
 template <class Acc>
-Acc channel_weight(
-    const Problem& p, const RowMix<Acc>& row, int64_t mix_row, int side, int64_t c) {
+Acc channel_weight(const Problem& p, const RowMix<Acc>& row, int64_t mix_row, int side, int64_t c) {
   if (!row.per_channel) return row.weight[side];
   const double mix = load_as(p.mix_type, p.mix.data, mix_row + c * p.mix.column);
   const Acc memory = memory_weight<Acc>(p, mix, row.lse[0], row.lse[1]);
@@ -213,16 +214,17 @@ void start_backward_panel(
     }
     const auto& at_row = rows.position[lane];
     const auto row = row_mix<Io>(p, in, at_row);
-    panel.lse[lane] =
-        row.lse[side] == -kInfinity<Acc> ? kInfinity<Acc> : row.lse[side] * static_cast<Acc>(kLog2E);
+    panel.lse[lane] = row.lse[side] == -kInfinity<Acc> ? kInfinity<Acc>
+                                                       : row.lse[side] * static_cast<Acc>(kLog2E);
     panel.delta[lane] = static_cast<const Acc*>(delta)[chunk_row(p, chunk, at_row)];
     const Io* query = at<Io>(p.query, at_row.batch, at_row.head, at_row.query);
     pack_row<M>(query, p.query.column, p.channels, lane, rows.lanes, panel.query, panel.query_rows);
     const Io* grad = at<Io>(in.grad_output, at_row.batch, at_row.head, at_row.query);
     if (!row.per_channel) {
       panel.weight[lane] = row.weight[side];
-      pack_row<M>(grad, in.grad_output.column, p.value_channels, lane, rows.lanes, panel.grad,
-                  panel.grad_rows);
+      pack_row<M>(
+          grad, in.grad_output.column, p.value_channels, lane, rows.lanes, panel.grad,
+          panel.grad_rows);
       continue;
     }
     panel.weight[lane] = 1;
@@ -231,8 +233,8 @@ void start_backward_panel(
       scratch.row_gradient[c] =
           channel_weight(p, row, mix_row, side, c) * to_float(grad[c * in.grad_output.column]);
     }
-    pack_row<M, Acc>(scratch.row_gradient, 1, p.value_channels, lane, rows.lanes, panel.grad,
-                     panel.grad_rows);
+    pack_row<M, Acc>(
+        scratch.row_gradient, 1, p.value_channels, lane, rows.lanes, panel.grad, panel.grad_rows);
   }
 }
 
@@ -276,8 +278,7 @@ void recompute(
         if (p.dropout.on) {
           share *= dropout_factor(p.dropout, panel.rows, block.first + k, j * lanes);
         }
-        const V gradient =
-            attention * (share * load<Acc>(scratch.gradients + place) - delta[j]);
+        const V gradient = attention * (share * load<Acc>(scratch.gradients + place) - delta[j]);
         sum[j] += gradient;
         store(scratch.scores + place, attention * share);
         store(scratch.gradients + place, gradient);
@@ -338,9 +339,8 @@ void backward_block(
       for (int64_t k = 0; k < block.keys; k += 2) {
         for (int64_t j = 0; j < width; j += lanes) {
           const auto even = load<float>(scratch.gradients + k * width + j);
-          const auto odd = k + 1 < block.keys
-                               ? load<float>(scratch.gradients + (k + 1) * width + j)
-                               : Vector<float>{};
+          const auto odd = k + 1 < block.keys ? load<float>(scratch.gradients + (k + 1) * width + j)
+                                              : Vector<float>{};
           store(scratch.gradient_pairs + k / 2 * width + j, pair_rows(even, odd));
         }
       }
@@ -372,8 +372,8 @@ Acc* stored(
     const BackwardWork& work, const Source& source, void* store, const KeyHead& head,
     int64_t first_key, int64_t channels) {
   if (!store) return nullptr;
-  const int64_t unit = work.store_is_output ? unit_of(work.problem, source, head)
-                                            : wave_unit(work, source, head);
+  const int64_t unit =
+      work.store_is_output ? unit_of(work.problem, source, head) : wave_unit(work, source, head);
   return static_cast<Acc*>(store) + (unit * source.keys + first_key) * channels;
 }
 
@@ -489,8 +489,7 @@ void backward_group(
   if (want_value) {
     save_gradient<Io, Acc>(
         scratch.value_gradient, keys, p.value_channels, Acc{1},
-        work.last_chunk ? nullptr : value_store,
-        result(work.grad_value[side], p.value_channels));
+        work.last_chunk ? nullptr : value_store, result(work.grad_value[side], p.value_channels));
   }
 }
 
@@ -532,8 +531,7 @@ Acc gather_part(const BackwardWork& work, int side, const Position& at_row, Acc*
   const int64_t query = at_row.query - work.chunk.first_row, group = at_row.head % p.groups;
   const int64_t row =
       ((source.shared ? at_row.batch * work.chunk.rows : 0) + query) * p.groups + group;
-  const int64_t unit =
-      wave_unit(work, source, {at_row.batch, at_row.head / p.groups});
+  const int64_t unit = wave_unit(work, source, {at_row.batch, at_row.head / p.groups});
   const int64_t unit_rows = work.source[side].unit_rows, panels = panels_for<Acc>(unit_rows);
   const int64_t vectors = divide_up(unit_rows, kLanes<Acc>), vector = row / kLanes<Acc>;
   const int64_t panel = ((vector + 1) * panels - 1) / vectors;
@@ -566,8 +564,8 @@ void backward_reduce(const BackwardWork& work, int64_t first, int64_t last, void
       for (int64_t c = 0; c < p.channels; ++c) to[c] = Round<Io>::from(sum[c] * slope);
     }
     if (work.row_mix) {
-      // Each side's sum of dS without what arrived at its log-sum-exp is w <dO, A - O>; taken together
-      // so that a rounding of delta cancels. A weight of 0 or 1 gives exactly 0.
+      // Each side's sum of dS without what arrived at its log-sum-exp is w <dO, A - O>; taken
+      // together so that a rounding of delta cancels. A weight of 0 or 1 gives exactly 0.
       const auto row = row_mix<Io>(p, work.inputs, at_row);
       const auto arrived = [&](int s) {
         return *at<Acc>(work.inputs.grad_lse[s], at_row.batch, at_row.head, at_row.query);
@@ -588,13 +586,9 @@ inline Reach reach(
     const int64_t* first_batch, int64_t batch_group, int64_t head_groups, int64_t head_group,
     int64_t heads, int64_t row_groups, int64_t row_group, int64_t rows) {
   const bool all_heads = head_groups == 1, all_rows = row_groups == 1;
-  return {
-      first_batch[batch_group],
-      first_batch[batch_group + 1],
-      all_heads ? 0 : head_group,
-      all_heads ? heads : head_group + 1,
-      all_rows ? 0 : row_group,
-      all_rows ? rows : row_group + 1};
+  return {first_batch[batch_group],   first_batch[batch_group + 1],
+          all_heads ? 0 : head_group, all_heads ? heads : head_group + 1,
+          all_rows ? 0 : row_group,   all_rows ? rows : row_group + 1};
 }
 
 /// One place (batch, head, row) of the mix: the sum over every row that it reaches.
@@ -670,8 +664,8 @@ void panel_mask_gradient(const MaskGradientWork& work, int64_t number, void* mem
   const int64_t rest = number / key_items / row_items;
   const int64_t head_group = rest % work.head_groups, batch_group = rest / work.head_groups;
   const int64_t heads = p.key_heads * p.groups;
-  const auto all = reach(
-      work.first_batch, batch_group, work.head_groups, head_group, heads, 1, 0, p.rows);
+  const auto all =
+      reach(work.first_batch, batch_group, work.head_groups, head_group, heads, 1, 0, p.rows);
   for (int64_t i = 0; i < work.tiles.keys * lanes; ++i) sum[i] = 0;
   for (int64_t b = all.batch_begin; b < all.batch_end; ++b) {
     const int64_t batch = work.batches[b];
@@ -691,8 +685,11 @@ void panel_mask_gradient(const MaskGradientWork& work, int64_t number, void* mem
         const auto& rows = scratch.panel->rows;
         for (int64_t k = each_key ? key_item : 0; k < (each_key ? key_item + 1 : key_blocks); ++k) {
           KeyBlock block{
-              k * work.tiles.keys, smaller(work.tiles.keys, source.keys - k * work.tiles.keys),
-              {}, {}, {}};
+              k * work.tiles.keys,
+              smaller(work.tiles.keys, source.keys - k * work.tiles.keys),
+              {},
+              {},
+              {}};
           if (rows.most <= block.first) break;
           const auto bias = bias_of(source, rows, block.first, block.keys, scratch.bias);
           if (bias.nothing_readable) continue;
@@ -723,8 +720,9 @@ void panel_mask_gradient(const MaskGradientWork& work, int64_t number, void* mem
         offset(work.gradient, work.batches[all.batch_begin], all.head_begin, first_row + row) +
         first_key * work.gradient.column;
     for (int64_t key = 0; key < keys; ++key) {
-      store_as(source.mask.type, work.gradient.data, to + key * work.gradient.column,
-               sum[key * lanes + row]);
+      store_as(
+          source.mask.type, work.gradient.data, to + key * work.gradient.column,
+          sum[key * lanes + row]);
     }
   }
 }

@@ -60,8 +60,7 @@ const Set& choose() {
   if (forced && *forced) {
     if (const auto* set = find(forced)) return *set;
     throw std::runtime_error(
-        "mixhead: MIXHEAD_ISA must be one of " + available() + " on this processor, got " +
-        forced);
+        "mixhead: MIXHEAD_ISA must be one of " + available() + " on this processor, got " + forced);
   }
   const Set* best = kSets;
   for (const auto& set : kSets) {

@@ -1,5 +1,6 @@
 #pragma once
-// The forward: each item streams its keys past its panels of rows; combine merges splits and sources.
+// The forward: each item streams its keys past its panels of rows; combine merges splits and
+// sources.
 #include "cpu/panel-inl.h"
 
 namespace mixhead::cpu {
@@ -16,7 +17,7 @@ struct ForwardPanel {
   typename M::Operand* query;  // [steps][lanes], or [steps / 2][2 lanes of each row] where paired
   Acc* output;  // [value_channels][lanes], or [rows][value_channels], relative to the maximum
   bool paired, by_row;
-  Acc* highest;                // running maximum of the base-2 scores
+  Acc* highest;  // running maximum of the base-2 scores
   Acc* sum;
 };
 
@@ -32,8 +33,8 @@ struct ForwardScratch {
 
   ForwardScratch(const ForwardWork& work, const SourceWork& split, Arena& arena) {
     const auto& p = work.problem;
-    const int64_t lanes = smaller(
-        kPanelLanes<Acc>, divide_up(split.row_block, kLanes<Acc>) * kLanes<Acc>);
+    const int64_t lanes =
+        smaller(kPanelLanes<Acc>, divide_up(split.row_block, kLanes<Acc>) * kLanes<Acc>);
     const int64_t count = panels_for<Acc>(split.row_block), keys = work.tiles.keys;
     panels = arena.take<ForwardPanel<M>>(count);
     scores = arena.take<Acc>(keys * lanes);
@@ -61,8 +62,7 @@ struct ForwardItem {
   int64_t unit, first_row, rows, first_key, keys, split;
 };
 
-inline ForwardItem forward_item_of(
-    const Source& source, const SourceWork& work, int64_t item) {
+inline ForwardItem forward_item_of(const Source& source, const SourceWork& work, int64_t item) {
   const int64_t split = item % work.key_splits, rest = item / work.key_splits;
   const int64_t row = rest % work.row_blocks * work.row_block, key = split * work.key_split;
   return {
@@ -158,9 +158,9 @@ void add_values_by_row(
       prefetch(next_value, step * next_value.rows / steps, end * next_value.rows / steps);
     }
     gemm_wide<M>(
-        panel.rows.count, channels, end - step, reinterpret_cast<const Operand*>(weights) + step * lanes,
-        {size, lanes * size}, values + step * value_row, value_row, panel.output, channels,
-        Update::add);
+        panel.rows.count, channels, end - step,
+        reinterpret_cast<const Operand*>(weights) + step * lanes, {size, lanes * size},
+        values + step * value_row, value_row, panel.output, channels, Update::add);
   }
 }
 
@@ -217,8 +217,7 @@ void forward_block(
 
 /// Normalises a panel and writes its rows to the split's results.
 template <class M>
-void finish_panel(
-    const ForwardWork& work, int side, int64_t split, const ForwardPanel<M>& panel) {
+void finish_panel(const ForwardWork& work, int side, int64_t split, const ForwardPanel<M>& panel) {
   using Acc = typename M::Acc;
   const auto& p = work.problem;
   const auto& rows = panel.rows;
@@ -327,12 +326,11 @@ void forward_panels(const ForwardWork& work, int side, const ForwardItem& item, 
   const auto& split = work.source[side];
   Arena arena{static_cast<char*>(memory)};
   ForwardScratch<Io> scratch(work, split, arena);
-  const int64_t lanes = smaller(
-      kPanelLanes<Acc>, divide_up(split.row_block, kLanes<Acc>) * kLanes<Acc>);
+  const int64_t lanes =
+      smaller(kPanelLanes<Acc>, divide_up(split.row_block, kLanes<Acc>) * kLanes<Acc>);
   const int64_t panels = panels_for<Acc>(item.rows);
   for (int64_t i = 0; i < panels; ++i) {
-    start_panel<Io>(
-        work, source, item, panel_rows<Acc>(item.rows, panels, i), i, lanes, scratch);
+    start_panel<Io>(work, source, item, panel_rows<Acc>(item.rows, panels, i), i, lanes, scratch);
   }
   stream<Io>(work, source, item, panels, scratch);
   for (int64_t i = 0; i < panels; ++i) {
@@ -394,8 +392,9 @@ void combine(const ForwardWork& work, int64_t first, int64_t last) {
     for (int s = 0; s < 2; ++s) {
       side[s] = static_cast<Acc*>(work.part[s]) + row * channels;
       lse[s] = merge_splits(
-          side[s], static_cast<Acc*>(work.part_lse[s]) + row, work.source[s].key_splits, all,
-          channels) * static_cast<Acc>(kLn2);
+                   side[s], static_cast<Acc*>(work.part_lse[s]) + row, work.source[s].key_splits,
+                   all, channels) *
+               static_cast<Acc>(kLn2);
       static_cast<Acc*>(work.lse[s])[global] = lse[s];
       if (!p.joint) {
         round_row(side[s], channels, static_cast<Acc*>(work.kept_output[s]) + global * channels);

@@ -1,8 +1,8 @@
 #pragma once
 // The matrix micro-kernels: C[row][lane] (+)= sum_step A[row][step] * B[step][lane].
 //
-// A is read by broadcasts, so it may have any strides and needs no packing; the lanes of B and C are
-// contiguous. Whatever is blocked in registers is blocked by the compiler from these loops.
+// A is read by broadcasts, so it may have any strides and needs no packing; the lanes of B and C
+// are contiguous. Whatever is blocked in registers is blocked by the compiler from these loops.
 #include "cpu/vector-inl.h"
 
 namespace mixhead::cpu {
@@ -38,8 +38,8 @@ struct BFloat16Pairs {
 };
 #endif
 
-/// Two neighbouring steps at once, in the even and the odd lanes: for so few rows that they fill half
-/// a vector. A's steps must be next to each other; the sums of a lane pair belong together.
+/// Two neighbouring steps at once, in the even and the odd lanes: for so few rows that they fill
+/// half a vector. A's steps must be next to each other; the sums of a lane pair belong together.
 template <class M>
 struct Paired {
   using Acc = typename M::Acc;
@@ -97,8 +97,8 @@ inline void gemm_block(
     for (int i = 0; i < rows; ++i) {
 #pragma GCC unroll 8
       for (int j = 0; j < vectors; ++j) {
-        sum[i][j] = M::multiply_add(
-            sum[i][j], a + i * strides.row + step * strides.step, operand[j]);
+        sum[i][j] =
+            M::multiply_add(sum[i][j], a + i * strides.row + step * strides.step, operand[j]);
       }
     }
   }
@@ -131,8 +131,8 @@ inline void prefetch(const Ahead& ahead, int64_t first, int64_t last) {
 template <class M, int rows, int vectors>
 __attribute__((noinline)) void gemm_rows(
     int64_t count, int64_t steps, const char* a, Strides strides, const typename M::Operand* b,
-    int64_t b_step, typename M::Acc* c, int64_t c_row, Update update,
-    const typename M::Acc* alpha, const Ahead& ahead) {
+    int64_t b_step, typename M::Acc* c, int64_t c_row, Update update, const typename M::Acc* alpha,
+    const Ahead& ahead) {
   for (int64_t i = 0; i + rows <= count; i += rows) {
     if (ahead.data) {
       prefetch(ahead, i * ahead.rows / count, (i + rows) * ahead.rows / count);
@@ -145,21 +145,18 @@ __attribute__((noinline)) void gemm_rows(
 /// `rows` of A against `vectors` vectors of lanes; `steps` counts operands (pairs for bfloat16).
 template <class M, int vectors>
 void gemm(
-    int64_t rows, int64_t steps, const void* a_data, Strides strides,
-    const typename M::Operand* b, int64_t b_step, typename M::Acc* c, int64_t c_row,
-    Update update = Update::store, const typename M::Acc* alpha = nullptr,
-    const Ahead& ahead = {}) {
+    int64_t rows, int64_t steps, const void* a_data, Strides strides, const typename M::Operand* b,
+    int64_t b_step, typename M::Acc* c, int64_t c_row, Update update = Update::store,
+    const typename M::Acc* alpha = nullptr, const Ahead& ahead = {}) {
   constexpr int block = kAccumulators / vectors > 12 ? 12 : kAccumulators / vectors;
   const char* a = static_cast<const char*>(a_data);
   const int64_t whole = rows / block * block;
-  gemm_rows<M, block, vectors>(
-      whole, steps, a, strides, b, b_step, c, c_row, update, alpha, ahead);
+  gemm_rows<M, block, vectors>(whole, steps, a, strides, b, b_step, c, c_row, update, alpha, ahead);
   a += whole * strides.row;
   c += whole * c_row;
   int64_t rest = rows - whole;
   const auto finish = [&]<int size>() {
-    gemm_rows<M, size, vectors>(
-        size, steps, a, strides, b, b_step, c, c_row, update, alpha, {});
+    gemm_rows<M, size, vectors>(size, steps, a, strides, b, b_step, c, c_row, update, alpha, {});
     a += size * strides.row;
     c += size * c_row;
     rest -= size;
@@ -179,8 +176,7 @@ void gemm_wide(
   constexpr int vector = kLanes<typename M::Acc>;
   int64_t lane = 0;
   const auto part = [&]<int vectors>() {
-    gemm<M, vectors>(
-        rows, steps, a, strides, b + lane, b_step, c + lane, c_row, update);
+    gemm<M, vectors>(rows, steps, a, strides, b + lane, b_step, c + lane, c_row, update);
     lane += vectors * vector;
   };
   while (lanes - lane >= kPanelVectors * vector) part.template operator()<kPanelVectors>();

@@ -1,5 +1,6 @@
 #pragma once
-// The kernel functions K(query, key) as base-2 logarithms of what one product of query and key gives.
+// The kernel functions K(query, key) as base-2 logarithms of what one product of query and key
+// gives.
 #include "cpu/vector-inl.h"
 
 namespace mixhead::cpu {

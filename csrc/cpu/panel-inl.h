@@ -252,10 +252,10 @@ inline void interleave(
     const BFloat16* even, const BFloat16* odd, int64_t stride, int64_t count, uint32_t* to) {
   int64_t c = 0;
   for (; stride == 1 && c + 16 <= count; c += 16) {
-    const auto low = _mm512_cvtepu16_epi32(
-        _mm256_loadu_si256(reinterpret_cast<const __m256i*>(even + c)));
-    const auto high = _mm512_cvtepu16_epi32(
-        _mm256_loadu_si256(reinterpret_cast<const __m256i*>(odd + c)));
+    const auto low =
+        _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(even + c)));
+    const auto high =
+        _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(odd + c)));
     _mm512_storeu_si512(to + c, _mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
   }
   for (; c < count; ++c) {
@@ -346,9 +346,7 @@ Bias<Acc> bias_of(
   } else {
     any = read_mask(
         rows, keys,
-        [&](int64_t row, int64_t k) {
-          return mask_value<Acc>(mask, row + (first + k) * column);
-        },
+        [&](int64_t row, int64_t k) { return mask_value<Acc>(mask, row + (first + k) * column); },
         to);
   }
   return {Bias<Acc>::per_lane, to, !any};
@@ -416,9 +414,9 @@ inline __attribute__((always_inline)) Vector<Acc> dropout_factor(
 /// Two rows of float lanes as one row of bfloat16 pairs.
 inline __attribute__((always_inline)) Vector<uint32_t> pair_rows(
     Vector<float> even, Vector<float> odd) {
-  alignas(64) static constexpr uint16_t order[32] = {
-      0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
-      8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+  alignas(64) static constexpr uint16_t order[32] = {0,  16, 1,  17, 2,  18, 3,  19, 4,  20, 5,
+                                                     21, 6,  22, 7,  23, 8,  24, 9,  25, 10, 26,
+                                                     11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
   const auto both = (__m512i)_mm512_cvtne2ps_pbh((__m512)odd, (__m512)even);
   return (Vector<uint32_t>)_mm512_permutexvar_epi16(_mm512_load_si512(order), both);
 }

@@ -35,8 +35,8 @@ NamedRow<typename Multiply<Io>::Acc> named_row(
       static_cast<const Acc*>(delta)[chunk_row(p, chunk, at_row)]};
 }
 
-/// Up to kRowKeys named keys: P in `weights`, dS in `gradients`. `columns` gives each key's place in
-/// the row's list where that is not first, first + 1, ...
+/// Up to kRowKeys named keys: P in `weights`, dS in `gradients`. `columns` gives each key's place
+/// in the row's list where that is not first, first + 1, ...
 template <class Io>
 void named_gradients(
     const Problem& p, const Source& source, const KeyHead& head,
@@ -78,13 +78,13 @@ struct NamedScratch {
 };
 
 inline KeyList named_keys(const Source& source, const Position& at_row) {
-  return {
-      at<int64_t>(source.index, at_row.batch, at_row.head, at_row.query), source.index.column};
+  return {at<int64_t>(source.index, at_row.batch, at_row.head, at_row.query), source.index.column};
 }
 
 /// dQ of one row of the chunk.
 template <class Io>
-void named_query_gradient(const BackwardWork& work, int side, const Position& at_row, void* memory) {
+void named_query_gradient(
+    const BackwardWork& work, int side, const Position& at_row, void* memory) {
   using Acc = typename Multiply<Io>::Acc;
   const auto& p = work.problem;
   const auto& source = p.source[side];
@@ -94,7 +94,8 @@ void named_query_gradient(const BackwardWork& work, int side, const Position& at
       p, work.inputs, side, work.chunk, work.delta[side], at_row, scratch.query, scratch.grad);
   const KeyHead head{source.shared ? 0 : at_row.batch, at_row.head / p.groups};
   const auto list = named_keys(source, at_row);
-  Acc* out = static_cast<Acc*>(work.part[side]) + chunk_row(p, work.chunk, at_row) * (p.channels + 1);
+  Acc* out =
+      static_cast<Acc*>(work.part[side]) + chunk_row(p, work.chunk, at_row) * (p.channels + 1);
   for (int64_t c = 0; c <= p.channels; ++c) out[c] = 0;
   const Acc one = 1;
   for (int64_t first = 0; first < source.keys; first += kRowKeys) {
@@ -182,8 +183,9 @@ void named_key_gradient(
       }
     }
   };
-  finish(key_sum, key_store, work.grad_key[side], p.channels,
-         static_cast<Acc>(DotKernel{p.scale}.slope()));
+  finish(
+      key_sum, key_store, work.grad_key[side], p.channels,
+      static_cast<Acc>(DotKernel{p.scale}.slope()));
   finish(value_sum, value_store, work.grad_value[side], p.value_channels, Acc{1});
 }
 
@@ -195,8 +197,7 @@ void backward_named(const BackwardWork& work, int side, int64_t number, void* me
   const auto& source = p.source[side];
   const auto& split = work.source[side];
   const int64_t wave_heads = work.heads * p.groups;
-  const int64_t query_items =
-      work.query_gradients ? p.batch * wave_heads * split.row_blocks : 0;
+  const int64_t query_items = work.query_gradients ? p.batch * wave_heads * split.row_blocks : 0;
   if (number < query_items) {
     const int64_t outer = number / split.row_blocks;
     const int64_t first = number % split.row_blocks * split.row_block;

@@ -39,8 +39,7 @@ inline __attribute__((always_inline)) Vector<float> widen(const BFloat16* from) 
 }
 inline __attribute__((always_inline)) Vector<float> widen(const Float16* from) {
 #if defined(__AVX512F__)
-  return (Vector<float>)_mm512_cvtph_ps(
-      _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
+  return (Vector<float>)_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
 #elif defined(__F16C__)
   return (Vector<float>)_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
 #else
@@ -160,8 +159,8 @@ inline RowRules row_rules(const Problem& p, const Source& source, const Position
 /// Products become base-2 scores, -inf where the key may not be read.
 template <class Acc>
 void row_scores(
-    const Source& source, const RowRules& rules, const KeyList& list, int64_t first,
-    int64_t number, Acc factor, Acc* products) {
+    const Source& source, const RowRules& rules, const KeyList& list, int64_t first, int64_t number,
+    Acc factor, Acc* products) {
   for (int64_t k = 0; k < number; ++k) products[k] *= factor;
   for (int64_t k = larger(0, rules.readable - first); k < number; ++k) {
     products[k] = -kInfinity<Acc>;
@@ -193,8 +192,7 @@ struct RowState {
 
 /// Scores become weights relative to the running maximum; returns what rescales the earlier ones.
 template <class Acc>
-Acc weigh_row(
-    const Problem& p, RowState<Acc>& row, int64_t first, int64_t number, Acc* scores) {
+Acc weigh_row(const Problem& p, RowState<Acc>& row, int64_t first, int64_t number, Acc* scores) {
   constexpr int lanes = kLanes<Acc>;
   Acc highest = row.highest;
   bool is_nan = false;
@@ -222,8 +220,8 @@ Acc weigh_row(
 }
 
 template <class Io>
-void load_row(const View& view, const Position& at_row, int64_t channels,
-              typename Multiply<Io>::Acc* to) {
+void load_row(
+    const View& view, const Position& at_row, int64_t channels, typename Multiply<Io>::Acc* to) {
   const Io* from = at<Io>(view, at_row.batch, at_row.head, at_row.query);
   for (int64_t c = 0; c < channels; ++c) to[c] = to_float(from[c * view.column]);
 }
@@ -295,8 +293,7 @@ void forward_rows(
 
 /// An item of a source whose rows each name their keys; its units are (batch, query head).
 template <class Io>
-void forward_indexed(
-    const ForwardWork& work, int side, const ForwardItem& item, void* memory) {
+void forward_indexed(const ForwardWork& work, int side, const ForwardItem& item, void* memory) {
   const auto& p = work.problem;
   const auto& source = p.source[side];
   const int64_t heads = p.key_heads * p.groups;

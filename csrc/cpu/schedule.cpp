@@ -58,7 +58,8 @@ SourceWork split_source(
   if (items < wanted && !source.indexed && threads > 1) {
     const int64_t least = std::max<int64_t>(4 * tiles.keys, 512);
     work.key_splits = std::clamp<int64_t>(
-        divide_up(wanted, std::max<int64_t>(items, 1)), 1, std::max<int64_t>(source.keys / least, 1));
+        divide_up(wanted, std::max<int64_t>(items, 1)), 1,
+        std::max<int64_t>(source.keys / least, 1));
   }
   work.key_split = divide_up(std::max<int64_t>(source.keys, 1), work.key_splits);
   work.key_split = divide_up(work.key_split, tiles.keys) * tiles.keys;
@@ -78,7 +79,8 @@ const Caches& caches() {
 /// queries and outputs a quarter of the second.
 static Tiles choose_tiles(const Problem& p, const Kernels& kernels, int64_t most_rows) {
   const int64_t lanes = std::min(
-      kernels.panel_lanes, divide_up(std::max<int64_t>(most_rows, 1), kernels.lanes) * kernels.lanes);
+      kernels.panel_lanes,
+      divide_up(std::max<int64_t>(most_rows, 1), kernels.lanes) * kernels.lanes);
   const int64_t key_bytes = lanes * kernels.accumulator_bytes;
   Tiles tiles{};
   tiles.keys = std::clamp<int64_t>(caches().first / 2 / key_bytes / 24 * 24, 24, 384);
@@ -97,7 +99,8 @@ ForwardSchedule schedule_forward(const Problem& p, const Kernels& kernels, int64
   // A row's partial results, with as many splits as one row could get.
   const int64_t row_bytes =
       p.batch * heads(p) * (p.value_channels + 1) * kernels.accumulator_bytes * 2;
-  schedule.chunk_rows = std::clamp<int64_t>(kScratchBudget / 2 / row_bytes, 1, std::max<int64_t>(p.rows, 1));
+  schedule.chunk_rows =
+      std::clamp<int64_t>(kScratchBudget / 2 / row_bytes, 1, std::max<int64_t>(p.rows, 1));
   return schedule;
 }
 
@@ -124,8 +127,8 @@ int64_t wave_units(const Problem& p, const Source& source, int64_t wave_heads) {
 
 /// Pairs of query and key that a source has, halved where causal.
 double pairs(const Problem& p, const Source& source) {
-  const double all = static_cast<double>(p.batch * heads(p) * p.rows) *
-                     static_cast<double>(source.keys);
+  const double all =
+      static_cast<double>(p.batch * heads(p) * p.rows) * static_cast<double>(source.keys);
   return source.causal ? all / 2 : all;
 }
 
@@ -145,10 +148,13 @@ SourceWork split_backward_source(
     work.key_splits = divide_up(source.slots, work.key_split);
     return work;
   }
-  const double share = pairs(p, source) / std::max(pairs(p, p.source[0]) + pairs(p, p.source[1]), 1.0);
+  const double share =
+      pairs(p, source) / std::max(pairs(p, p.source[0]) + pairs(p, p.source[1]), 1.0);
   const double wanted = threads > 1 ? static_cast<double>(threads * kItemsPerThread) * share : 1.0;
-  const int64_t splits = static_cast<int64_t>(wanted / static_cast<double>(std::max<int64_t>(work.units, 1)) + 0.999);
-  work.key_splits = std::clamp<int64_t>(splits, 1, std::max<int64_t>(source.keys / (2 * tiles.keys), 1));
+  const int64_t splits =
+      static_cast<int64_t>(wanted / static_cast<double>(std::max<int64_t>(work.units, 1)) + 0.999);
+  work.key_splits =
+      std::clamp<int64_t>(splits, 1, std::max<int64_t>(source.keys / (2 * tiles.keys), 1));
   work.key_split = divide_up(std::max<int64_t>(source.keys, 1), work.key_splits);
   work.key_split = divide_up(work.key_split, tiles.keys) * tiles.keys;
   work.key_splits = std::max<int64_t>(divide_up(source.keys, work.key_split), 1);
@@ -170,8 +176,7 @@ int64_t parts(
     int64_t chunk_rows, int64_t threads) {
   int64_t bytes = 0;
   for (int s = 0; s < 2; ++s) {
-    const auto work =
-        split_backward_source(p, s, tiles, kernels, wave_heads, chunk_rows, threads);
+    const auto work = split_backward_source(p, s, tiles, kernels, wave_heads, chunk_rows, threads);
     bytes += part_bytes_of(p, p.source[s], work, kernels, chunk_rows);
   }
   return bytes;

@@ -16,7 +16,8 @@ struct Caches {
 };
 const Caches& caches();
 
-/// How the forward is cut. `part_rows[s]` is the number of rows that source s's partial results have.
+/// How the forward is cut. `part_rows[s]` is the number of rows that source s's partial results
+/// have.
 struct ForwardSchedule {
   Tiles tiles;
   int64_t chunk_rows;
@@ -29,8 +30,8 @@ int64_t split_forward(
     const ForwardSchedule& schedule, const Kernels& kernels, int64_t threads, ForwardWork& work);
 
 /// How the backward is cut. Weights are recomputed once for all gradients (five products) where the
-/// partial query gradients, and between chunks the keys' accumulators, fit the budget; else once for
-/// the keys' and once for the queries' gradients (seven).
+/// partial query gradients, and between chunks the keys' accumulators, fit the budget; else once
+/// for the keys' and once for the queries' gradients (seven).
 struct BackwardSchedule {
   Tiles tiles;
   int64_t wave_heads, chunk_rows;

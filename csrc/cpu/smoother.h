@@ -35,12 +35,13 @@ struct Mask {
 struct Source {
   View key, value;  // (batch, key head, key, channel)
   int64_t keys;     // S, M, or with an index the number of slots that a query names
-  bool shared;      // every batch entry reads the same keys, whose rows therefore fold into one unit
-  bool causal;      // query i reads keys up to keys - rows + i
-  int64_t side;     // dropout's stream: 0 sequence, 1 memory
+  bool shared;   // every batch entry reads the same keys, whose rows therefore fold into one unit
+  bool causal;   // query i reads keys up to keys - rows + i
+  int64_t side;  // dropout's stream: 0 sequence, 1 memory
   Mask mask;
-  bool indexed;  // query (batch, head, i) reads only the slots index[batch, head, i, :], -1 for none
-  View index;    // int64
+  bool
+      indexed;  // query (batch, head, i) reads only the slots index[batch, head, i, :], -1 for none
+  View index;   // int64
   int64_t slots;  // M
 };
 
@@ -71,9 +72,9 @@ struct Tiles {
   int64_t group;   // keys whose gradients one pass over the rows accumulates, in the backward
 };
 
-/// How one source's work is cut into items: unit (a key head, of one batch entry unless shared; where
-/// rows name their keys, a query head of one batch entry), then row blocks, then key splits. Items of
-/// both sources are numbered through.
+/// How one source's work is cut into items: unit (a key head, of one batch entry unless shared;
+/// where rows name their keys, a query head of one batch entry), then row blocks, then key splits.
+/// Items of both sources are numbered through.
 struct SourceWork {
   int64_t units, unit_rows;
   int64_t row_block, row_blocks;
@@ -106,9 +107,9 @@ struct ForwardWork {
 
 /// What the backward reads besides the problem, and where its results go.
 struct BackwardInputs {
-  View grad_output;       // (batch, head, row, channel)
-  View grad_lse[2];       // (batch, head, row)
-  View kept_output[2];    // as ForwardWork's; where that is null, the joint output
+  View grad_output;     // (batch, head, row, channel)
+  View grad_lse[2];     // (batch, head, row)
+  View kept_output[2];  // as ForwardWork's; where that is null, the joint output
   View lse[2];
 };
 
@@ -130,10 +131,10 @@ struct BackwardWork {
   // Accumulators of the keys' gradients between chunks, null where one chunk covers all rows.
   void* key_store[2];
   void* value_store[2];
-  void* grad_query;         // contiguous (batch, heads, rows, channels)
-  void* grad_key[2];        // contiguous, null where not wanted
+  void* grad_query;   // contiguous (batch, heads, rows, channels)
+  void* grad_key[2];  // contiguous, null where not wanted
   void* grad_value[2];
-  void* row_mix;            // (batch, heads, rows): joint, the gradient of each row's mix, or null
+  void* row_mix;  // (batch, heads, rows): joint, the gradient of each row's mix, or null
 };
 
 /// The gradient of a broadcast float mask: each item owns a part of it and visits all that it
@@ -143,8 +144,8 @@ struct MaskGradientWork {
   BackwardInputs inputs;
   Tiles tiles;
   int64_t source;
-  View gradient;            // strides 0 where broadcast; the batch table likewise
-  const int64_t* batches;   // batch entries ordered by their place in the gradient
+  View gradient;               // strides 0 where broadcast; the batch table likewise
+  const int64_t* batches;      // batch entries ordered by their place in the gradient
   const int64_t* first_batch;  // (groups + 1): where each place's entries begin
   // 1 where the gradient is broadcast along it, else its size.
   int64_t batch_groups, head_groups, row_groups, key_groups;
@@ -180,8 +181,9 @@ struct Kernels {
   void (*mix_gradient_item)(const MixGradientWork&, int64_t item, void* scratch);
 };
 
-/// The best set that this processor has, or the one that the environment variable MIXHEAD_ISA names:
-/// default, avx2, avx512, avx512_bf16. Throws std::runtime_error where it names none that runs here.
+/// The best set that this processor has, or the one that the environment variable MIXHEAD_ISA
+/// names: default, avx2, avx512, avx512_bf16. Throws std::runtime_error where it names none that
+/// runs here.
 const Kernels& kernels(Type type);
 /// The named set, or null where the processor or the build lacks it.
 const Kernels* kernels_of(const char* isa, Type type);

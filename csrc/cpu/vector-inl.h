@@ -1,7 +1,7 @@
 #pragma once
 // Vectors of the instruction set at hand, conversions between the element types, and 2^x.
-// Included by the isa_*.cpp files alone. Everything sits in an unnamed namespace: a function compiled
-// for AVX must not be the one that the linker keeps for every processor.
+// Included by the isa_*.cpp files alone. Everything sits in an unnamed namespace: a function
+// compiled for AVX must not be the one that the linker keeps for every processor.
 #if defined(__x86_64__)
 #include <immintrin.h>
 #endif

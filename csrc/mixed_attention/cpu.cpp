@@ -13,7 +13,8 @@
 #include "cpu/smoother.h"
 #include "mixed_attention/arguments.h"
 
-/// mixed_attention on the CPU engine: tensors to plain pointers, then the engine's items over threads.
+/// mixed_attention on the CPU engine: tensors to plain pointers, then the engine's items over
+/// threads.
 namespace mixhead::mixed {
 namespace {
 
@@ -41,8 +42,8 @@ class Plain {
   /// `tensor` read as (batch..., heads, rows, columns), broadcast where its sizes are 1 or missing.
   View view(const Tensor& tensor, int64_t heads, int64_t rows, int64_t columns);
   View output_view(const Tensor& tensor) {
-    return view(tensor, problem_.key_heads * problem_.groups, problem_.rows,
-                problem_.value_channels);
+    return view(
+        tensor, problem_.key_heads * problem_.groups, problem_.rows, problem_.value_channels);
   }
   /// A (batch..., heads, rows) tensor.
   View row_view(const Tensor& tensor) { return output_view(tensor.unsqueeze(-1)); }
@@ -208,9 +209,9 @@ Forward forward_cpu(
           static_cast<char*>(work.part[s]) + numbers * p.value_channels * kernels.accumulator_bytes;
     }
     // Later queries of a causal sequence read more keys: they go first.
-    run_items(items, schedule.parallel, kernels.forward_scratch(work), [&](int64_t i, void* scratch) {
-      kernels.forward_item(work, items - 1 - i, scratch);
-    });
+    run_items(
+        items, schedule.parallel, kernels.forward_scratch(work),
+        [&](int64_t i, void* scratch) { kernels.forward_item(work, items - 1 - i, scratch); });
     constexpr int64_t kRows = 256;
     const bool parallel = schedule.parallel && all * p.value_channels > (1 << 16);
     run_items((all + kRows - 1) / kRows, parallel, 0, [&](int64_t i, void*) {
@@ -225,9 +226,8 @@ struct Places {
   Places(const View& gradient, int64_t batch) {
     for (int64_t b = 0; b < batch; ++b) batches.push_back(b);
     const auto* table = gradient.batch;
-    std::stable_sort(batches.begin(), batches.end(), [&](int64_t a, int64_t b) {
-      return table[a] < table[b];
-    });
+    std::stable_sort(
+        batches.begin(), batches.end(), [&](int64_t a, int64_t b) { return table[a] < table[b]; });
     for (int64_t i = 0; i < batch; ++i) {
       if (i == 0 || table[batches[i]] != table[batches[i - 1]]) first.push_back(i);
     }
@@ -339,8 +339,7 @@ class BackwardPass {
       work.key_store[s] = work.grad_key[s];
       work.value_store[s] = work.grad_value[s];
       if (work.store_is_output) continue;
-      const int64_t keys =
-          work.heads * (p.source[s].shared ? 1 : p.batch) * p.source[s].slots;
+      const int64_t keys = work.heads * (p.source[s].shared ? 1 : p.batch) * p.source[s].slots;
       if (work.grad_key[s]) {
         stores[2 * s] = allocate(keys * p.channels * kernels_.accumulator_bytes);
         work.key_store[s] = stores[2 * s].get();
@@ -392,9 +391,7 @@ class BackwardPass {
     constexpr int64_t kRows = 128;
     run_items(
         (rows + kRows - 1) / kRows, schedule_.parallel && rows > 4 * kRows, scratch_bytes,
-        [&](int64_t i, void* scratch) {
-          f(i * kRows, std::min(rows, (i + 1) * kRows), scratch);
-        });
+        [&](int64_t i, void* scratch) { f(i * kRows, std::min(rows, (i + 1) * kRows), scratch); });
   }
 
   void mix_gradient() {
@@ -444,9 +441,8 @@ class BackwardPass {
     work.key_groups = work.gradient.column ? source.slots : 1;
     run_items(
         kernels_.mask_gradient_items(work), schedule_.parallel,
-        kernels_.mask_gradient_scratch(work), [&](int64_t i, void* scratch) {
-          kernels_.mask_gradient_item(work, i, scratch);
-        });
+        kernels_.mask_gradient_scratch(work),
+        [&](int64_t i, void* scratch) { kernels_.mask_gradient_item(work, i, scratch); });
   }
 
   const Arguments& args_;

@@ -100,8 +100,7 @@ Tensors formula(const Tensors& in, const Chunk& chunk, const Constants& constant
       named ? attend_named_slots(in, chunk, constants) : attend_memory(in, chunk, constants);
   const auto weight = memory_weight(in[5], self, memory, constants.joint);
   const auto output = self.output * (1.0 - weight) + memory.output * weight;
-  return {
-      output, self.lse, memory.lse, constants.joint ? output : self.output, memory.output};
+  return {output, self.lse, memory.lse, constants.joint ? output : self.output, memory.output};
 }
 
 Problem problem_of(const Arguments& args) {

@@ -8,7 +8,8 @@
 
 namespace {
 
-at::Tensor dense_attention(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value) {
+at::Tensor dense_attention(
+    const at::Tensor& query, const at::Tensor& key, const at::Tensor& value) {
   const double scale = 1 / std::sqrt(static_cast<double>(query.size(-1)));
   return at::softmax(at::matmul(query, key.transpose(-2, -1)) * scale, -1).matmul(value);
 }

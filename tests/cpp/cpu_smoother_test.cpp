@@ -1,5 +1,5 @@
-// The CPU engine on plain pointers, for every instruction set that this processor has, against loops
-// in double written apart from it.
+// The CPU engine on plain pointers, for every instruction set that this processor has, against
+// loops in double written apart from it.
 #include <cpu/schedule.h>
 #include <cpu/smoother.h>
 #include <dropout.h>
@@ -33,29 +33,120 @@ struct Case {
 };
 
 const Case kCases[] = {
-    {.name = "plain", .batch = 2, .key_heads = 2, .groups = 1, .rows = 9, .channels = 8,
-     .value_channels = 8, .keys = 11, .slots = 13},
-    {.name = "several blocks", .batch = 2, .key_heads = 1, .groups = 1, .rows = 150, .channels = 16,
-     .value_channels = 32, .keys = 260, .slots = 700, .causal = true},
-    {.name = "odd sizes, joint", .batch = 3, .key_heads = 1, .groups = 1, .rows = 37,
-     .channels = 33, .value_channels = 17, .keys = 101, .slots = 97, .shared = false,
-     .causal = true, .joint = true},
-    {.name = "groups", .batch = 2, .key_heads = 2, .groups = 3, .rows = 21, .channels = 20,
-     .value_channels = 12, .keys = 40, .slots = 50, .causal = true},
-    {.name = "few rows", .batch = 1, .key_heads = 2, .groups = 1, .rows = 3, .channels = 37,
-     .value_channels = 21, .keys = 300, .slots = 900, .joint = true},
-    {.name = "half a vector of rows", .batch = 7, .key_heads = 2, .groups = 1, .rows = 1,
-     .channels = 64, .value_channels = 48, .keys = 30, .slots = 1000},
-    {.name = "no memory", .batch = 2, .key_heads = 1, .groups = 1, .rows = 8, .channels = 8,
-     .value_channels = 8, .keys = 8, .slots = 0, .joint = true},
-    {.name = "padding masks", .batch = 2, .key_heads = 2, .groups = 1, .rows = 70, .channels = 8,
-     .value_channels = 8, .keys = 50, .slots = 220, .mask = Case::padding},
-    {.name = "float masks", .batch = 2, .key_heads = 2, .groups = 1, .rows = 70, .channels = 8,
-     .value_channels = 8, .keys = 50, .slots = 130, .joint = true, .mask = Case::full_float},
-    {.name = "named slots", .batch = 2, .key_heads = 2, .groups = 2, .rows = 15, .channels = 24,
-     .value_channels = 20, .keys = 20, .slots = 60, .mask = Case::full_float, .named = 9},
-    {.name = "dropout", .batch = 2, .key_heads = 1, .groups = 2, .rows = 33, .channels = 16,
-     .value_channels = 16, .keys = 33, .slots = 90, .causal = true, .joint = true, .dropout = 0.3},
+    {.name = "plain",
+     .batch = 2,
+     .key_heads = 2,
+     .groups = 1,
+     .rows = 9,
+     .channels = 8,
+     .value_channels = 8,
+     .keys = 11,
+     .slots = 13},
+    {.name = "several blocks",
+     .batch = 2,
+     .key_heads = 1,
+     .groups = 1,
+     .rows = 150,
+     .channels = 16,
+     .value_channels = 32,
+     .keys = 260,
+     .slots = 700,
+     .causal = true},
+    {.name = "odd sizes, joint",
+     .batch = 3,
+     .key_heads = 1,
+     .groups = 1,
+     .rows = 37,
+     .channels = 33,
+     .value_channels = 17,
+     .keys = 101,
+     .slots = 97,
+     .shared = false,
+     .causal = true,
+     .joint = true},
+    {.name = "groups",
+     .batch = 2,
+     .key_heads = 2,
+     .groups = 3,
+     .rows = 21,
+     .channels = 20,
+     .value_channels = 12,
+     .keys = 40,
+     .slots = 50,
+     .causal = true},
+    {.name = "few rows",
+     .batch = 1,
+     .key_heads = 2,
+     .groups = 1,
+     .rows = 3,
+     .channels = 37,
+     .value_channels = 21,
+     .keys = 300,
+     .slots = 900,
+     .joint = true},
+    {.name = "half a vector of rows",
+     .batch = 7,
+     .key_heads = 2,
+     .groups = 1,
+     .rows = 1,
+     .channels = 64,
+     .value_channels = 48,
+     .keys = 30,
+     .slots = 1000},
+    {.name = "no memory",
+     .batch = 2,
+     .key_heads = 1,
+     .groups = 1,
+     .rows = 8,
+     .channels = 8,
+     .value_channels = 8,
+     .keys = 8,
+     .slots = 0,
+     .joint = true},
+    {.name = "padding masks",
+     .batch = 2,
+     .key_heads = 2,
+     .groups = 1,
+     .rows = 70,
+     .channels = 8,
+     .value_channels = 8,
+     .keys = 50,
+     .slots = 220,
+     .mask = Case::padding},
+    {.name = "float masks",
+     .batch = 2,
+     .key_heads = 2,
+     .groups = 1,
+     .rows = 70,
+     .channels = 8,
+     .value_channels = 8,
+     .keys = 50,
+     .slots = 130,
+     .joint = true,
+     .mask = Case::full_float},
+    {.name = "named slots",
+     .batch = 2,
+     .key_heads = 2,
+     .groups = 2,
+     .rows = 15,
+     .channels = 24,
+     .value_channels = 20,
+     .keys = 20,
+     .slots = 60,
+     .mask = Case::full_float,
+     .named = 9},
+    {.name = "dropout",
+     .batch = 2,
+     .key_heads = 1,
+     .groups = 2,
+     .rows = 33,
+     .channels = 16,
+     .value_channels = 16,
+     .keys = 33,
+     .slots = 90,
+     .causal = true,
+     .joint = true,
+     .dropout = 0.3},
 };
 
 /// Numbers of one type in memory, and the same, rounded, as doubles.
@@ -194,9 +285,8 @@ class Reference {
       if (c_.mask == Case::full_float) score += in_.mask[s].values[i * width + slot];
       scores.push_back(score);
       side.slots.push_back(slot);
-      const bool dropped =
-          mixhead::dropout::uniform_bits(key, static_cast<uint32_t>(k)) <
-          mixhead::dropout::threshold(c_.dropout);
+      const bool dropped = mixhead::dropout::uniform_bits(key, static_cast<uint32_t>(k)) <
+                           mixhead::dropout::threshold(c_.dropout);
       side.keep.push_back(dropped ? 0.0 : 1.0 / (1.0 - c_.dropout));
     }
     side.output.assign(c_.value_channels, 0.0);
@@ -222,8 +312,7 @@ class Reference {
     const int64_t row = (b * c_.heads() + h) * c_.rows + i;
     const std::array<Side, 2> sides{attend(0, b, h, i), attend(1, b, h, i)};
     const bool both = sides[0].lse != -kInf && sides[1].lse != -kInf;
-    const double logit =
-        in_.mix.values[h] + (c_.joint && both ? sides[1].lse - sides[0].lse : 0.0);
+    const double logit = in_.mix.values[h] + (c_.joint && both ? sides[1].lse - sides[0].lse : 0.0);
     const double memory = both ? 1.0 / (1.0 + std::exp(-logit)) : sides[0].lse == -kInf;
     const double weight[2] = {1.0 - memory, sides[1].lse == -kInf ? 0.0 : memory};
     double difference = 0.0;  // <dO, A_m - A_s>
@@ -275,8 +364,8 @@ class Reference {
   Results r_;
 };
 
-/// Runs the engine's items one after the other, as if on `threads` threads. A limit on heads and rows
-/// makes several waves and chunks of what would be one.
+/// Runs the engine's items one after the other, as if on `threads` threads. A limit on heads and
+/// rows makes several waves and chunks of what would be one.
 class Engine {
  public:
   Engine(Inputs& in, const Kernels& kernels, int64_t threads, bool in_parts)
@@ -324,9 +413,7 @@ class Engine {
   }
   static Array zeros(size_t count, Type type) { return Array(Doubles(count, 0.0), type); }
 
-  View row_view(Array& array) {
-    return {array.bytes.data(), row_batch_.data(), c_.rows, 1, 0};
-  }
+  View row_view(Array& array) { return {array.bytes.data(), row_batch_.data(), c_.rows, 1, 0}; }
   View output_view(Array& array) {
     return {
         array.bytes.data(), value_batch_.data(), c_.rows * c_.value_channels, c_.value_channels, 1};
@@ -341,8 +428,7 @@ class Engine {
     p_.channels = c_.channels;
     p_.value_channels = c_.value_channels;
     p_.scale = 1.0 / std::sqrt(static_cast<double>(c_.channels));
-    p_.query = {
-        in_.query.bytes.data(), query_batch_.data(), c_.rows * c_.channels, c_.channels, 1};
+    p_.query = {in_.query.bytes.data(), query_batch_.data(), c_.rows * c_.channels, c_.channels, 1};
     p_.joint = c_.joint;
     p_.mix_type = accumulator(in_.type);
     p_.mix = {in_.mix.bytes.data(), none_.data(), 1, 0, 0};
@@ -364,19 +450,20 @@ class Engine {
       source.side = s;
       if (c_.mask == Case::padding) {
         source.mask = {
-            MaskKind::boolean, Type::float32,
+            MaskKind::boolean,
+            Type::float32,
             {in_.readable[s].data(), mask_batch_[s].data(), 0, 0, 1}};
       }
       if (c_.mask == Case::full_float) {
         source.mask = {
-            MaskKind::additive, accumulator(in_.type),
+            MaskKind::additive,
+            accumulator(in_.type),
             {in_.mask[s].bytes.data(), none_.data(), 0, width, 1}};
       }
       if (s == 1 && c_.named) {
         source.indexed = true;
         source.keys = c_.named;
-        source.index = {
-            in_.index.data(), index_batch_.data(), c_.rows * c_.named, c_.named, 1};
+        source.index = {in_.index.data(), index_batch_.data(), c_.rows * c_.named, c_.named, 1};
       }
     }
   }

@@ -19,8 +19,8 @@ double kept_rate(int64_t seed, int64_t side, int64_t row, uint32_t columns, doub
   return static_cast<double>(kept) / columns;
 }
 
-/// Pearson's statistic of `bits` in 256 bins of their highest (or lowest) byte: 255 on average, with
-/// standard deviation 22.6.
+/// Pearson's statistic of `bits` in 256 bins of their highest (or lowest) byte: 255 on average,
+/// with standard deviation 22.6.
 double chi_square(const std::vector<uint32_t>& bits, int shift) {
   std::vector<double> counts(256, 0.0);
   for (const auto x : bits) counts[(x >> shift) & 255] += 1.0;

@@ -25,17 +25,14 @@ struct Inputs {
   Tensor memory_value = torch::randn({4, 9, 6}, kDouble);
   Tensor mix = torch::randn({4, 1, 1}, kDouble);
 
-  std::vector<Tensor> all() const {
-    return {query, key, value, memory_key, memory_value, mix};
-  }
+  std::vector<Tensor> all() const { return {query, key, value, memory_key, memory_value, mix}; }
   Inputs require_grad() {
     for (auto tensor : all()) tensor.requires_grad_();
     return *this;
   }
   Inputs to(torch::ScalarType dtype) const {
-    return {
-        query.to(dtype),        key.to(dtype),          value.to(dtype),
-        memory_key.to(dtype),   memory_value.to(dtype), mix.to(dtype)};
+    return {query.to(dtype),      key.to(dtype),          value.to(dtype),
+            memory_key.to(dtype), memory_value.to(dtype), mix.to(dtype)};
   }
 };
 
@@ -119,12 +116,11 @@ TEST_F(MixedAttention, EveryOptionReachesTheOp) {
   const auto later = torch::arange(7) > torch::arange(5).unsqueeze(-1) + 2;
   const auto causal = torch::where(later, -kInfinity, 0.0);
   expect_near(
-      run(in,
-          {.rule = "joint",
-           .attn_mask = attn_mask,
-           .memory_mask = memory_mask,
-           .is_causal = true,
-           .scale = 0.3}),
+      run(in, {.rule = "joint",
+               .attn_mask = attn_mask,
+               .memory_mask = memory_mask,
+               .is_causal = true,
+               .scale = 0.3}),
       dense(in, true, attn_mask + causal, closed, 0.3));
 }
 
@@ -164,8 +160,7 @@ TEST_F(MixedAttention, GradientsOfBothRules) {
   };
   for (const bool joint : {false, true}) {
     const auto got = gradients(
-        run(in,
-            {.rule = joint ? "joint" : "gate", .attn_mask = bias, .memory_mask = memory_bias}));
+        run(in, {.rule = joint ? "joint" : "gate", .attn_mask = bias, .memory_mask = memory_bias}));
     const auto expected = gradients(dense(in, joint, bias, memory_bias));
     for (size_t i = 0; i < got.size(); ++i) {
       EXPECT_TRUE(torch::allclose(got[i], expected[i], 1e-10, 1e-10)) << i << " joint " << joint;
