@@ -1,77 +1,19 @@
 #include "kernel_attention/op.h"
 
 #include <ATen/core/dispatch/Dispatcher.h>
-#include <ATen/ops/min.h>
 #include <torch/library.h>
 
-#include <cmath>
+#include <tuple>
 
 #include "checks.h"
 #include "kernel_attention/arguments.h"
-#include "kernel_attention/kernels.h"
+#include "kernel_attention/kernel_checks.h"
 
 namespace mixhead {
 namespace kernels {
 namespace {
 
 constexpr const char* kOp = "kernel_attention";
-using checks::equal;
-using checks::shape;
-
-void check_names(const Arguments& args) {
-  const auto count = static_cast<int64_t>(args.kernel.size());
-  MIXHEAD_CHECK(
-      count == 1 || (count > 0 && equal(args.query.sym_size(-3), count)), kOp,
-      "kernel must be one name or one for each of query's ", args.query.sym_size(-3),
-      " heads, got ", count);
-  for (const std::string& name : args.kernel) {
-    std::string known;
-    for (const auto& each : kKernelNames) known += (known.empty() ? "" : ", ") + std::string(each);
-    MIXHEAD_CHECK(
-        kernel_named(name).has_value(), kOp, "kernel must be one of ", known, ", got \"", name,
-        "\"");
-  }
-}
-
-void check_points(const Arguments& args) {
-  const auto& [query, key, value] = std::tie(args.query, args.key, args.value);
-  checks::points(kOp, "key", key, query);
-  checks::points(kOp, "value", value, query);
-  checks::key_heads(kOp, "key", key, query, args.enable_gqa);
-  MIXHEAD_CHECK(
-      equal(key.sym_size(-1), query.sym_size(-1)), kOp, "key must have ", query.sym_size(-1),
-      " channels like query, got ", shape(key));
-  MIXHEAD_CHECK(
-      value.dim() == key.dim() && equal(value.sym_size(-3), key.sym_size(-3)) &&
-          equal(value.sym_size(-2), key.sym_size(-2)),
-      kOp, "value must have ", key.sym_size(-3), " heads, ", key.sym_size(-2), " rows and ",
-      key.dim(), " dimensions like key, got ", shape(value));
-  MIXHEAD_CHECK(
-      !args.exclude_self || equal(query.sym_size(-2), key.sym_size(-2)), kOp, "key must have ",
-      query.sym_size(-2), " rows like query with exclude_self, got ", shape(key));
-}
-
-void check_bandwidth(const Arguments& args) {
-  if (!args.bandwidth) return;
-  const auto& [query, bandwidth] = std::tie(args.query, *args.bandwidth);
-  checks::companion(kOp, "bandwidth", bandwidth, query, "query", /*float32_too=*/true);
-  const auto heads = query.sym_size(-3), channels = query.sym_size(-1);
-  const bool fits = bandwidth.dim() == 0 ||
-                    (bandwidth.dim() == 1 && equal(bandwidth.sym_size(0), heads)) ||
-                    (bandwidth.dim() == 2 && equal(bandwidth.sym_size(0), heads) &&
-                     equal(bandwidth.sym_size(1), channels));
-  MIXHEAD_CHECK(
-      fits, kOp, "bandwidth must be a scalar, (", heads, ",) or (", heads, ", ", channels,
-      "), got ", shape(bandwidth));
-  for (const std::string& name : args.kernel) {
-    MIXHEAD_CHECK(
-        name != "cosine" || bandwidth.dim() < 2, kOp, "bandwidth must be a scalar or (", heads,
-        ",) with kernel \"cosine\", got one per channel ", shape(bandwidth));
-  }
-  if (!checks::has_values(bandwidth)) return;
-  const auto smallest = at::min(bandwidth.detach()).item<double>();
-  MIXHEAD_CHECK(smallest > 0.0, kOp, "bandwidth must be positive, got ", smallest);
-}
 
 }  // namespace
 
@@ -80,15 +22,19 @@ void check(const Arguments& args) {
   MIXHEAD_CHECK(
       args.empty == "zero" || args.empty == "nan" || args.empty == "nearest", kOp,
       "empty must be \"zero\", \"nan\" or \"nearest\", got \"", args.empty, "\"");
-  checks::query(kOp, args.query);
-  check_points(args);
-  check_names(args);
-  check_bandwidth(args);
+  const auto& [query, key] = std::tie(args.query, args.key);
+  checks::query(kOp, query);
+  kernel_checks::points(kOp, query, key, args.value, args.enable_gqa);
+  MIXHEAD_CHECK(
+      !args.exclude_self || checks::equal(query.sym_size(-2), key.sym_size(-2)), kOp,
+      "key must have ", query.sym_size(-2), " rows like query with exclude_self, got ",
+      checks::shape(key));
+  kernel_checks::names(kOp, query, args.kernel);
+  kernel_checks::bandwidth(kOp, query, args.kernel, args.bandwidth);
   if (!args.attn_mask) return;
   checks::mask(
-      kOp, "attn_mask", *args.attn_mask, args.query,
-      checks::like_query(
-          args.query, {args.query.sym_size(-3), args.query.sym_size(-2), args.key.sym_size(-2)}));
+      kOp, "attn_mask", *args.attn_mask, query,
+      checks::like_query(query, {query.sym_size(-3), query.sym_size(-2), key.sym_size(-2)}));
 }
 
 std::array<Tensor, kDifferentiable> differentiable(const Arguments& args) {
