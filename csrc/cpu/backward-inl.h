@@ -88,7 +88,7 @@ struct BackwardPanel {
   Operand* grad;        // [value channel steps][lanes]
   Operand* query_rows;  // [row steps][padded channels]
   Operand* grad_rows;   // [row steps][padded value channels]
-  Acc* lse;             // base 2; inf where nothing is read
+  Acc* lse;             // inf where nothing is read
   Acc* delta;
   Acc* weight;  // the source's weight in the row, 1 where grad holds it
 };
@@ -214,8 +214,7 @@ void start_backward_panel(
     }
     const auto& at_row = rows.position[lane];
     const auto row = row_mix<Io>(p, in, at_row);
-    panel.lse[lane] = row.lse[side] == -kInfinity<Acc> ? kInfinity<Acc>
-                                                       : row.lse[side] * static_cast<Acc>(kLog2E);
+    panel.lse[lane] = row.lse[side] == -kInfinity<Acc> ? kInfinity<Acc> : row.lse[side];
     panel.delta[lane] = static_cast<const Acc*>(delta)[chunk_row(p, chunk, at_row)];
     const Io* query = at<Io>(p.query, at_row.batch, at_row.head, at_row.query);
     pack_row<M>(query, p.query.column, p.channels, lane, rows.lanes, panel.query, panel.query_rows);
@@ -273,7 +272,7 @@ void recompute(
       panel.rows, bias, block.first, block.keys, factor, scratch.scores,
       [&](int64_t k, int j, V score) __attribute__((always_inline)) {
         const int64_t place = k * width + j * lanes;
-        const V attention = exp2<Acc>(score - lse[j]);
+        const V attention = exp<Acc>(score - lse[j]);
         V share = weight[j];
         if (p.dropout.on) {
           share *= dropout_factor(p.dropout, panel.rows, block.first + k, j * lanes);

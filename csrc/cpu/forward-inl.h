@@ -17,7 +17,7 @@ struct ForwardPanel {
   typename M::Operand* query;  // [steps][lanes], or [steps / 2][2 lanes of each row] where paired
   Acc* output;  // [value_channels][lanes], or [rows][value_channels], relative to the maximum
   bool paired, by_row;
-  Acc* highest;  // running maximum of the base-2 scores
+  Acc* highest;  // running maximum of the scores
   Acc* sum;
 };
 
@@ -89,19 +89,30 @@ void weigh(
     highest[j] = top == -kInfinity<Acc> ? V{} : top;
     sum[j] = V{};
   }
-  const auto weight = [&](int64_t k, int j) __attribute__((always_inline)) {
-    V w = exp2<Acc>(load<Acc>(scores + k * width + j * lanes) - highest[j]);
-    sum[j] += w;
+  // The sum is over unscaled weights, four at a time: a shorter chain rounds less.
+  const auto weight = [&](int64_t k, int j, V& total) __attribute__((always_inline)) {
+    V w = exp<Acc>(load<Acc>(scores + k * width + j * lanes) - highest[j]);
+    total += w;
     if (problem.dropout.on) {
       w *= dropout_factor(problem.dropout, panel.rows, first + k, j * lanes);
     }
     return w;
   };
   if constexpr (M::steps == 1) {
-    for (int64_t k = 0; k < keys; ++k) {
+    const auto group = [&]<int size>(int64_t k) __attribute__((always_inline)) {
 #pragma GCC unroll 4
-      for (int j = 0; j < vectors; ++j) store(scores + k * width + j * lanes, weight(k, j));
-    }
+      for (int j = 0; j < vectors; ++j) {
+        V total{};
+#pragma GCC unroll 4
+        for (int i = 0; i < size; ++i) {
+          store(scores + (k + i) * width + j * lanes, weight(k + i, j, total));
+        }
+        sum[j] += total;
+      }
+    };
+    int64_t k = 0;
+    for (; k + 4 <= keys; k += 4) group.template operator()<4>(k);
+    for (; k < keys; ++k) group.template operator()<1>(k);
   }
 #if defined(__AVX512BF16__)
   if constexpr (M::steps == 2) {
@@ -109,7 +120,9 @@ void weigh(
     for (int64_t k = 0; k < keys; k += 2) {
 #pragma GCC unroll 4
       for (int j = 0; j < vectors; ++j) {
-        const V even = weight(k, j), odd = k + 1 < keys ? weight(k + 1, j) : V{};
+        V total{};
+        const V even = weight(k, j, total), odd = k + 1 < keys ? weight(k + 1, j, total) : V{};
+        sum[j] += total;
         store(scores + k / 2 * width + j * lanes, pair_rows(even, odd));
       }
     }
@@ -141,7 +154,7 @@ inline void fold_pairs(float* products, int64_t keys) {
 template <class M>
 void add_values_by_row(
     const Problem& problem, ForwardPanel<M>& panel, int64_t keys, const Broadcast& value,
-    const typename M::Acc* weights, const typename M::Acc* alpha, const Ahead& next_value) {
+    const typename M::Acc* weights, const typename M::Acc* alpha, const Fetch& next_value) {
   using Operand = typename M::Operand;
   constexpr int64_t size = sizeof(Operand);
   const int64_t channels = problem.value_channels, lanes = panel.rows.lanes;
@@ -149,19 +162,38 @@ void add_values_by_row(
     auto* out = panel.output + row * channels;
     for (int64_t c = 0; c < channels; ++c) out[c] *= alpha[row];
   }
-  const auto* values = static_cast<const Operand*>(value.data);
-  const int64_t value_row = value.strides.step / size, steps = divide_up(keys, M::steps);
-  constexpr int64_t kPart = 32;  // steps between two fetches
-  for (int64_t step = 0; step < steps; step += kPart) {
-    const int64_t end = smaller(steps, step + kPart);
-    if (next_value.data) {
-      prefetch(next_value, step * next_value.rows / steps, end * next_value.rows / steps);
-    }
-    gemm_wide<M>(
-        panel.rows.count, channels, end - step,
-        reinterpret_cast<const Operand*>(weights) + step * lanes, {size, lanes * size},
-        values + step * value_row, value_row, panel.output, channels, Update::add);
+  const auto add = [&]<int fetch_lines>() {
+    gemm_wide<M, fetch_lines>(
+        panel.rows.count, channels, divide_up(keys, M::steps), weights, {size, lanes * size},
+        static_cast<const Operand*>(value.data), value.strides.step / size, panel.output, channels,
+        Update::add, next_value);
+  };
+  if (next_value.data) {
+    add.template operator()<4>();
+  } else {
+    add.template operator()<0>();
   }
+}
+
+/// The products of a block's keys with a panel's queries.
+template <class M, int vectors>
+void multiply_queries(
+    const Problem& problem, const ForwardPanel<M>& panel, int64_t keys, const Broadcast& key,
+    typename M::Acc* products, const Fetch& next_key) {
+  constexpr int64_t width = vectors * kLanes<typename M::Acc>;
+  if constexpr (kCanPair<M> && vectors == 1) {
+    if (panel.paired) {
+      gemm<Paired<M>, 1, 2>(
+          keys, problem.channels / Paired<M>::steps, key.data,
+          {key.strides.row, 2 * key.strides.step}, panel.query, width, products, width,
+          Update::store, nullptr, next_key);
+      fold_pairs(products, keys);
+      return;
+    }
+  }
+  gemm<M, vectors>(
+      keys, divide_up(problem.channels, M::steps), key.data, key.strides, panel.query, width,
+      products, width);
 }
 
 /// One key block past one panel.
@@ -169,21 +201,11 @@ template <class M, int vectors>
 void forward_block(
     const Problem& problem, ForwardPanel<M>& panel, const Bias<typename M::Acc>& bias,
     int64_t first, int64_t keys, const Broadcast& key, const Broadcast& value,
-    typename M::Acc* scores, const Ahead& next_key, const Ahead& next_value) {
+    typename M::Acc* scores, const Fetch& next_key, const Fetch& next_value) {
   using Acc = typename M::Acc;
   using V = Vector<Acc>;
   constexpr int lanes = kLanes<Acc>, width = vectors * lanes;
-  if (kCanPair<M> && vectors == 1 && panel.paired) {
-    gemm<Paired<M>, 1>(
-        keys, problem.channels / Paired<M>::steps, key.data,
-        {key.strides.row, 2 * key.strides.step}, panel.query, width, scores, width, Update::store,
-        nullptr, next_key);
-    if constexpr (kCanPair<M>) fold_pairs(scores, keys);
-  } else {
-    gemm<M, vectors>(
-        keys, divide_up(problem.channels, M::steps), key.data, key.strides, panel.query, width,
-        scores, width, Update::store, nullptr, next_key);
-  }
+  multiply_queries<M, vectors>(problem, panel, keys, key, scores, next_key);
 
   V highest[vectors];
 #pragma GCC unroll 4
@@ -200,7 +222,7 @@ void forward_block(
   for (int j = 0; j < vectors; ++j) {
     const V before = load<Acc>(panel.highest + j * lanes);
     const V now = highest[j] == -kInfinity<Acc> ? V{} : highest[j];
-    store(alpha + j * lanes, exp2<Acc>(before - now));
+    store(alpha + j * lanes, exp<Acc>(before - now));
     store(panel.highest + j * lanes, highest[j]);
   }
 
@@ -212,7 +234,7 @@ void forward_block(
   gemm<M, vectors>(
       problem.value_channels, divide_up(keys, M::steps), value.data, value.strides,
       reinterpret_cast<const typename M::Operand*>(scores), width, panel.output, width,
-      Update::rescale, alpha, next_value);
+      Update::rescale, alpha);
 }
 
 /// Normalises a panel and writes its rows to the split's results.
@@ -232,15 +254,17 @@ void finish_panel(const ForwardWork& work, int side, int64_t split, const Forwar
       out[c] = panel.output[from] * inverse;
     }
     static_cast<Acc*>(work.part_lse[side])[row] =
-        sum == 0 ? -kInfinity<Acc> : panel.highest[lane] + log2(sum);
+        sum == 0 ? -kInfinity<Acc> : panel.highest[lane] + log(sum);
   }
 }
 
+/// The next block, where its rows lie one after the other.
 template <class Io>
-Ahead ahead(const KeyRows<Io>& rows, int64_t count, int64_t channels) {
-  constexpr int64_t size = sizeof(Io);
-  if (rows.column != 1) return {};
-  return {reinterpret_cast<const char*>(rows.data), count, rows.row * size, channels * size};
+Fetch fetch_of(const KeyRows<Io>& rows, int64_t count, int64_t channels) {
+  if (count <= 0 || rows.column != 1 || rows.row != channels) return {};
+  return {
+      reinterpret_cast<const char*>(rows.data),
+      count * channels * static_cast<int64_t>(sizeof(Io))};
 }
 
 /// Streams keys [item.first_key, + item.keys) past the panels in `scratch`.
@@ -268,11 +292,10 @@ void stream(
         value = by_key<M>(value_data.from(first), keys, p.value_channels, scratch.value);
       }
       with_vectors(panel.rows.vectors(), [&]<int vectors>() {
-        const bool fetch = i == panels - 1 && next > 0;
         forward_block<M, vectors>(
             p, panel, bias, first, keys, key, value, scratch.scores,
-            fetch ? ahead(key_data.from(after), next, p.channels) : Ahead{},
-            fetch ? ahead(value_data.from(after), next, p.value_channels) : Ahead{});
+            fetch_of(key_data.from(after), next, p.channels),
+            fetch_of(value_data.from(after), next, p.value_channels));
       });
     }
   }
@@ -338,7 +361,7 @@ void forward_panels(const ForwardWork& work, int side, const ForwardItem& item, 
   }
 }
 
-/// Merges the splits of one row into the first split's place; returns the base-2 log-sum-exp.
+/// Merges the splits of one row into the first split's place; returns the log-sum-exp.
 template <class Acc>
 Acc merge_splits(Acc* output, Acc* lse, int64_t splits, int64_t all, int64_t channels) {
   if (splits == 1) return *lse;
@@ -348,7 +371,7 @@ Acc merge_splits(Acc* output, Acc* lse, int64_t splits, int64_t all, int64_t cha
     highest = each > highest || each != each ? each : highest;
   }
   if (highest == -kInfinity<Acc>) return highest;
-  const auto weight = [&](int64_t s) { return exp2<Acc>(broadcast(lse[s * all] - highest))[0]; };
+  const auto weight = [&](int64_t s) { return exp<Acc>(broadcast(lse[s * all] - highest))[0]; };
   for (int64_t s = 0; s < splits; ++s) sum += weight(s);
   for (int64_t s = 0; s < splits; ++s) {
     const Acc share = weight(s) / sum;
@@ -359,10 +382,10 @@ Acc merge_splits(Acc* output, Acc* lse, int64_t splits, int64_t all, int64_t cha
       for (int64_t c = 0; c < channels; ++c) output[c] += share * each[c];
     }
   }
-  return highest + log2(sum);
+  return highest + log(sum);
 }
 
-/// The memory's weight in a row whose log-sum-exps are in base e or both in base 2 times ln 2.
+/// The memory's weight in a row with these log-sum-exps.
 template <class Acc>
 Acc memory_weight(const Problem& problem, double mix, Acc self_lse, Acc memory_lse) {
   if (memory_lse == -kInfinity<Acc>) return 0;
@@ -392,9 +415,8 @@ void combine(const ForwardWork& work, int64_t first, int64_t last) {
     for (int s = 0; s < 2; ++s) {
       side[s] = static_cast<Acc*>(work.part[s]) + row * channels;
       lse[s] = merge_splits(
-                   side[s], static_cast<Acc*>(work.part_lse[s]) + row, work.source[s].key_splits,
-                   all, channels) *
-               static_cast<Acc>(kLn2);
+          side[s], static_cast<Acc*>(work.part_lse[s]) + row, work.source[s].key_splits, all,
+          channels);
       static_cast<Acc*>(work.lse[s])[global] = lse[s];
       if (!p.joint) {
         round_row(side[s], channels, static_cast<Acc*>(work.kept_output[s]) + global * channels);

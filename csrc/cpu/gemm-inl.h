@@ -75,10 +75,18 @@ enum class Update : uint8_t {
 constexpr int kAccumulators = kRegisters == 32 ? 24 : 12;
 constexpr int kPanelVectors = kRegisters == 32 ? 4 : 2;  // widest B: leaves most rows of A
 
-template <class M, int rows, int vectors>
+/// Memory that a later product reads, fetched a few lines a step, so that it is read while this one
+/// multiplies: in bursts the fetches would stall what they are to overlap with.
+struct Fetch {
+  const char* data;  // null for none
+  int64_t bytes;
+};
+
+template <class M, int rows, int vectors, int fetch_lines>
 inline void gemm_block(
     int64_t steps, const char* a, Strides strides, const typename M::Operand* b, int64_t b_step,
-    typename M::Acc* c, int64_t c_row, Update update, const typename M::Acc* alpha) {
+    typename M::Acc* c, int64_t c_row, Update update, const typename M::Acc* alpha,
+    const char* fetch) {
   using Acc = typename M::Acc;
   constexpr int lanes = kLanes<Acc>;
   Vector<Acc> sum[rows][vectors];
@@ -88,6 +96,10 @@ inline void gemm_block(
     for (int j = 0; j < vectors; ++j) sum[i][j] = Vector<Acc>{};
   }
   for (int64_t step = 0; step < steps; ++step) {
+#pragma GCC unroll 4
+    for (int i = 0; i < fetch_lines; ++i) {
+      __builtin_prefetch(fetch + (step * fetch_lines + i) * 64, 0, 2);
+    }
     Vector<typename M::Operand> operand[vectors];
 #pragma GCC unroll 8
     for (int j = 0; j < vectors; ++j) {
@@ -114,49 +126,35 @@ inline void gemm_block(
   }
 }
 
-/// Rows that a later product reads: a product fetches them, spread over its blocks, so that memory
-/// is read while the arithmetic goes on.
-struct Ahead {
-  const char* data;  // null for none
-  int64_t rows, stride, bytes;
-};
-
-inline void prefetch(const Ahead& ahead, int64_t first, int64_t last) {
-  for (int64_t row = first; row < last; ++row) {
-    const char* at = ahead.data + row * ahead.stride;
-    for (int64_t byte = 0; byte < ahead.bytes; byte += 64) __builtin_prefetch(at + byte, 0, 2);
-  }
-}
-
-template <class M, int rows, int vectors>
+template <class M, int rows, int vectors, int fetch_lines>
 __attribute__((noinline)) void gemm_rows(
     int64_t count, int64_t steps, const char* a, Strides strides, const typename M::Operand* b,
     int64_t b_step, typename M::Acc* c, int64_t c_row, Update update, const typename M::Acc* alpha,
-    const Ahead& ahead) {
+    const Fetch& fetch) {
   for (int64_t i = 0; i + rows <= count; i += rows) {
-    if (ahead.data) {
-      prefetch(ahead, i * ahead.rows / count, (i + rows) * ahead.rows / count);
-    }
-    gemm_block<M, rows, vectors>(
-        steps, a + i * strides.row, strides, b, b_step, c + i * c_row, c_row, update, alpha);
+    gemm_block<M, rows, vectors, fetch_lines>(
+        steps, a + i * strides.row, strides, b, b_step, c + i * c_row, c_row, update, alpha,
+        fetch.data + i * fetch.bytes / count);
   }
 }
 
 /// `rows` of A against `vectors` vectors of lanes; `steps` counts operands (pairs for bfloat16).
-template <class M, int vectors>
+template <class M, int vectors, int fetch_lines = 0>
 void gemm(
     int64_t rows, int64_t steps, const void* a_data, Strides strides, const typename M::Operand* b,
     int64_t b_step, typename M::Acc* c, int64_t c_row, Update update = Update::store,
-    const typename M::Acc* alpha = nullptr, const Ahead& ahead = {}) {
+    const typename M::Acc* alpha = nullptr, const Fetch& fetch = {}) {
   constexpr int block = kAccumulators / vectors > 12 ? 12 : kAccumulators / vectors;
   const char* a = static_cast<const char*>(a_data);
+  if (!alpha) alpha = c;  // not read then
   const int64_t whole = rows / block * block;
-  gemm_rows<M, block, vectors>(whole, steps, a, strides, b, b_step, c, c_row, update, alpha, ahead);
+  gemm_rows<M, block, vectors, fetch_lines>(
+      whole, steps, a, strides, b, b_step, c, c_row, update, alpha, fetch);
   a += whole * strides.row;
   c += whole * c_row;
   int64_t rest = rows - whole;
   const auto finish = [&]<int size>() {
-    gemm_rows<M, size, vectors>(size, steps, a, strides, b, b_step, c, c_row, update, alpha, {});
+    gemm_rows<M, size, vectors, 0>(size, steps, a, strides, b, b_step, c, c_row, update, alpha, {});
     a += size * strides.row;
     c += size * c_row;
     rest -= size;
@@ -167,16 +165,17 @@ void gemm(
   if (rest >= 1) finish.template operator()<1>();
 }
 
-/// The same for any number of lanes, a multiple of the vector's.
-template <class M>
+/// The same for any number of lanes, a multiple of the vector's; the first lanes' product fetches.
+template <class M, int fetch_lines = 0>
 void gemm_wide(
     int64_t rows, int64_t lanes, int64_t steps, const void* a, Strides strides,
-    const typename M::Operand* b, int64_t b_step, typename M::Acc* c, int64_t c_row,
-    Update update) {
+    const typename M::Operand* b, int64_t b_step, typename M::Acc* c, int64_t c_row, Update update,
+    const Fetch& fetch = {}) {
   constexpr int vector = kLanes<typename M::Acc>;
   int64_t lane = 0;
   const auto part = [&]<int vectors>() {
-    gemm<M, vectors>(rows, steps, a, strides, b + lane, b_step, c + lane, c_row, update);
+    gemm<M, vectors, fetch_lines>(
+        rows, steps, a, strides, b + lane, b_step, c + lane, c_row, update, nullptr, fetch);
     lane += vectors * vector;
   };
   while (lanes - lane >= kPanelVectors * vector) part.template operator()<kPanelVectors>();

@@ -90,7 +90,8 @@ struct Rows {
   static constexpr int capacity = kPanelLanes<Acc>;
   int count, lanes;
   Position position[capacity];
-  // Keys up to this number (not included) may be read; 0 in the lanes beyond the last row.
+  // Keys up to this number (not included) may be read. Lanes beyond the last row have query 0 and
+  // harmless results, which nobody reads.
   alignas(64) typename Bits<Acc>::Signed readable[capacity];
   int64_t fewest, most;
   int64_t mask_row[capacity];
@@ -107,12 +108,12 @@ void place_rows(
     Rows<Acc>& rows) {
   rows.count = static_cast<int>(count);
   rows.lanes = static_cast<int>(divide_up(count, kLanes<Acc>) * kLanes<Acc>);
-  rows.fewest = rows.lanes > count ? 0 : source.keys;
+  rows.fewest = source.keys;
   rows.most = 0;
   rows.one_mask_row = true;
   const int64_t heads = problem.key_heads * problem.groups;
   for (int lane = 0; lane < rows.lanes; ++lane) {
-    rows.readable[lane] = 0;
+    rows.readable[lane] = static_cast<typename Bits<Acc>::Signed>(source.keys);
     rows.dropout_first[lane] = rows.dropout_second[lane] = 0;
     if (lane >= count) continue;
     const auto at = rows.position[lane] = position_of(lane);
@@ -286,7 +287,7 @@ Broadcast by_key(const KeyRows<Io>& keys, int64_t count, int64_t channels, void*
   }
 }
 
-/// What is added to the base-2 scores of a key block; -inf where a key may not be read.
+/// What is added to the scores of a key block; -inf where a key may not be read.
 template <class Acc>
 struct Bias {
   enum Kind : uint8_t { none, per_key, per_lane } kind;
@@ -299,7 +300,7 @@ Acc mask_value(const Mask& mask, int64_t element) {
   if (mask.kind == MaskKind::boolean) {
     return static_cast<const bool*>(mask.view.data)[element] ? Acc{0} : -kInfinity<Acc>;
   }
-  return static_cast<Acc>(load_as(mask.type, mask.view.data, element) * kLog2E);
+  return static_cast<Acc>(load_as(mask.type, mask.view.data, element));
 }
 
 template <class Acc, class Read>
@@ -341,8 +342,7 @@ Bias<Acc> bias_of(
     const float* data = static_cast<const float*>(mask.view.data) + first * column;
     any = read_mask(
         rows, keys,
-        [&](int64_t row, int64_t k) { return data[row + k * column] * static_cast<Acc>(kLog2E); },
-        to);
+        [&](int64_t row, int64_t k) { return static_cast<Acc>(data[row + k * column]); }, to);
   } else {
     any = read_mask(
         rows, keys,
@@ -352,8 +352,7 @@ Bias<Acc> bias_of(
   return {Bias<Acc>::per_lane, to, !any};
 }
 
-/// Products become base-2 scores, in place; returns nothing readable as -inf. `visit(key, vector,
-/// score)` gives what is stored.
+/// Calls visit(key, vector, score) with products become scores; -inf where nothing may be read.
 template <class Acc, int vectors, class Visit>
 inline __attribute__((always_inline)) void for_each_score(
     const Rows<Acc>& rows, const Bias<Acc>& bias, int64_t first, int64_t keys, Acc factor,

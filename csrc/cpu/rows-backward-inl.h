@@ -13,7 +13,7 @@ struct NamedRow {
   RowRules rules;
   Acc* query;
   Acc* grad;  // w dO
-  Acc lse;    // base 2; inf where nothing is read
+  Acc lse;    // inf where nothing is read
   Acc delta;
 };
 
@@ -31,7 +31,7 @@ NamedRow<typename Multiply<Io>::Acc> named_row(
   }
   return {
       row_rules(p, p.source[side], at_row), query, grad,
-      row.lse[side] == -kInfinity<Acc> ? kInfinity<Acc> : row.lse[side] * static_cast<Acc>(kLog2E),
+      row.lse[side] == -kInfinity<Acc> ? kInfinity<Acc> : row.lse[side],
       static_cast<const Acc*>(delta)[chunk_row(p, chunk, at_row)]};
 }
 
@@ -53,7 +53,7 @@ void named_gradients(
       source, row.rules, list, first, number, static_cast<Acc>(DotKernel{p.scale}.factor()),
       weights);
   for (int64_t k = 0; k < divide_up(number, lanes) * lanes; k += lanes) {
-    store(weights + k, exp2<Acc>(load<Acc>(weights + k) - row.lse));
+    store(weights + k, exp<Acc>(load<Acc>(weights + k) - row.lse));
   }
   for (int64_t k = 0; k < number; ++k) {
     const Acc share =

@@ -156,7 +156,7 @@ inline RowRules row_rules(const Problem& p, const Source& source, const Position
   return rules;
 }
 
-/// Products become base-2 scores, -inf where the key may not be read.
+/// Products become scores, -inf where the key may not be read.
 template <class Acc>
 void row_scores(
     const Source& source, const RowRules& rules, const KeyList& list, int64_t first, int64_t number,
@@ -202,12 +202,12 @@ Acc weigh_row(const Problem& p, RowState<Acc>& row, int64_t first, int64_t numbe
   }
   if (is_nan) highest = scores[0] - scores[0] + bits_as<float>(0x7fc00000u);
   const Acc base = highest == -kInfinity<Acc> ? 0 : highest;
-  const Acc alpha = exp2<Acc>(broadcast(row.highest - base))[0];
+  const Acc alpha = exp<Acc>(broadcast(row.highest - base))[0];
   const int64_t padded = divide_up(number, lanes) * lanes;
   for (int64_t k = number; k < padded; ++k) scores[k] = -kInfinity<Acc>;
   Vector<Acc> sum{};
   for (int64_t k = 0; k < padded; k += lanes) {
-    const auto weight = exp2<Acc>(load<Acc>(scores + k) - base);
+    const auto weight = exp<Acc>(load<Acc>(scores + k) - base);
     sum += weight;
     store(scores + k, weight);
   }
@@ -261,7 +261,7 @@ void finish_row(
   auto* out = static_cast<Acc*>(work.part[side]) + at_row * p.value_channels;
   for (int64_t c = 0; c < p.value_channels; ++c) out[c] = output[c] * inverse;
   static_cast<Acc*>(work.part_lse[side])[at_row] =
-      row.sum == 0 ? -kInfinity<Acc> : row.highest + log2(row.sum);
+      row.sum == 0 ? -kInfinity<Acc> : row.highest + log(row.sum);
 }
 
 inline int64_t row_scratch(const Problem& p) {

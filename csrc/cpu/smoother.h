@@ -96,7 +96,7 @@ struct ForwardWork {
   Chunk chunk;
   SourceWork source[2];
   void* part[2];      // (splits, chunk rows, value_channels), normalised
-  void* part_lse[2];  // (splits, chunk rows), in base 2
+  void* part_lse[2];  // (splits, chunk rows)
   // Contiguous (batch, heads, rows, value_channels) and (batch, heads, rows).
   void* output;
   // In the accumulation dtype, for the backward: the gate's outputs over each side; for the joint

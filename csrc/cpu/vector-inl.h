@@ -1,5 +1,5 @@
 #pragma once
-// Vectors of the instruction set at hand, conversions between the element types, and 2^x.
+// Vectors of the instruction set at hand, conversions between the element types, and e^x.
 // Included by the isa_*.cpp files alone. Everything sits in an unnamed namespace: a function
 // compiled for AVX must not be the one that the linker keeps for every processor.
 #if defined(__x86_64__)
@@ -62,7 +62,7 @@ struct Bits<float> {
   using Unsigned = uint32_t;
   static constexpr int mantissa = 23;
   static constexpr float round = 12582912.0f;  // 1.5 * 2^23: adding it leaves the integer part
-  static constexpr float lowest = -126.0f;
+  static constexpr float lowest = -87.0f;      // of exp's argument
 };
 template <>
 struct Bits<double> {
@@ -70,57 +70,76 @@ struct Bits<double> {
   using Unsigned = uint64_t;
   static constexpr int mantissa = 52;
   static constexpr double round = 6755399441055744.0;
-  static constexpr double lowest = -1022.0;
+  static constexpr double lowest = -708.0;
 };
 
-/// 2^r on [-1/2, 1/2]: minimax in relative error (Remez), 1.9e-9 for float, 3e-18 for double.
-inline __attribute__((always_inline)) Vector<float> exp2_reduced(Vector<float> r) {
-  auto p = r * 1.5345779769671296e-4f + 1.3399929818629383e-3f;
-  p = p * r + 9.6184890609642343e-3f;
-  p = p * r + 5.5503287816624156e-2f;
-  p = p * r + 0.24022646890115522f;
-  p = p * r + 0.69314720573488677f;
+/// e^r on [-ln 2 / 2, ln 2 / 2]: minimax in relative error (Remez), 1.9e-9 for float, 3e-18 for
+/// double.
+inline __attribute__((always_inline)) Vector<float> exp_reduced(Vector<float> r) {
+  auto p = r * 1.3836816930351e-3f + 8.3748149290385e-3f;
+  p = p * r + 4.1668226019374e-2f;
+  p = p * r + 1.6666420183954e-1f;
+  p = p * r + 4.9999992078737e-1f;
+  p = p * r + 1.0000000363198f;
   return p * r + 1.0f;
 }
-inline __attribute__((always_inline)) Vector<double> exp2_reduced(Vector<double> r) {
-  auto p = r * 4.4353523518648835e-10 + 7.0741043418275163e-9;
-  p = p * r + 1.0178197558846429e-7;
-  p = p * r + 1.3215433097307575e-6;
-  p = p * r + 1.5252733491096090e-5;
-  p = p * r + 1.5403530462498208e-4;
-  p = p * r + 1.3333558146788773e-3;
-  p = p * r + 9.6181291075883478e-3;
-  p = p * r + 5.5504108664819927e-2;
-  p = p * r + 0.24022650695910156;
-  p = p * r + 0.69314718055994533;
+inline __attribute__((always_inline)) Vector<double> exp_reduced(Vector<double> r) {
+  auto p = r * 2.49947072887941897e-8 + 2.76322882623706915e-7;
+  p = p * r + 2.75576212462049162e-6;
+  p = p * r + 2.48014865359023963e-5;
+  p = p * r + 1.98412694341560545e-4;
+  p = p * r + 1.38888889512091955e-3;
+  p = p * r + 8.33333333355853586e-3;
+  p = p * r + 4.16666666664928212e-2;
+  p = p * r + 1.66666666666661696e-1;
+  p = p * r + 5.00000000000001753e-1;
+  p = p * r + 9.99999999999999967e-1;
   return p * r + 1.0;
 }
 
-/// 2^x for x up to 127 (1023): 0 below the normal numbers, NaN for NaN.
+// ln 2 as a sum whose first part has so few bits that its product with a whole exponent is exact
+// (Cody & Waite, "Software Manual for the Elementary Functions", 1980).
 template <class T>
-inline __attribute__((always_inline)) Vector<T> exp2(Vector<T> x) {
+constexpr T kLn2Head = 6.93147180369123816490e-1;
+template <class T>
+constexpr T kLn2Tail = 1.90821492927058770002e-10;
+template <>
+constexpr float kLn2Head<float> = 0.693359375f;
+template <>
+constexpr float kLn2Tail<float> = -2.12194440e-4f;
+
+/// x less a whole number of ln 2.
+template <class T>
+inline __attribute__((always_inline)) Vector<T> reduce(Vector<T> x, Vector<T> whole) {
+  return x - whole * kLn2Head<T> - whole * kLn2Tail<T>;
+}
+
+/// e^x for x up to 88 (709): 0 below the normal numbers, NaN for NaN. As exact for large |x| as for
+/// small.
+template <class T>
+inline __attribute__((always_inline)) Vector<T> exp(Vector<T> x) {
+  constexpr T log2_e = static_cast<T>(1.4426950408889634);
 #if defined(__AVX512F__)
   if constexpr (sizeof(T) == 4) {
     // max returns its second operand where either is NaN.
-    const auto bounded = (Vector<T>)_mm512_max_ps(_mm512_set1_ps(-200.0f), (__m512)x);
-    const auto whole = (Vector<T>)_mm512_roundscale_ps((__m512)bounded, 8);
-    return (Vector<T>)_mm512_scalef_ps((__m512)exp2_reduced(bounded - whole), (__m512)whole);
+    const auto bounded = (Vector<T>)_mm512_max_ps(_mm512_set1_ps(-140.0f), (__m512)x);
+    const auto whole = (Vector<T>)_mm512_roundscale_ps((__m512)(bounded * log2_e), 8);
+    return (Vector<T>)_mm512_scalef_ps(
+        (__m512)exp_reduced(reduce<T>(bounded, whole)), (__m512)whole);
   }
 #endif
   using U = typename Bits<T>::Unsigned;
   const auto low = broadcast<T>(Bits<T>::lowest);
   const auto bounded = x < low ? low : x;
-  const auto shifted = bounded + Bits<T>::round;
-  const auto reduced = exp2_reduced(bounded - (shifted - Bits<T>::round));
+  const auto shifted = bounded * log2_e + Bits<T>::round;
+  const auto reduced = exp_reduced(reduce<T>(bounded, shifted - Bits<T>::round));
   const auto scaled = (Vector<U>)reduced + ((Vector<U>)shifted << Bits<T>::mantissa);
   const auto result = x < low ? Vector<T>{} : (Vector<T>)scaled;
   return x == x ? result : x;
 }
 
-constexpr double kLog2E = 1.4426950408889634, kLn2 = 0.6931471805599453;
-
-inline float log2(float x) { return __builtin_log2f(x); }
-inline double log2(double x) { return __builtin_log2(x); }
+inline float log(float x) { return __builtin_logf(x); }
+inline double log(double x) { return __builtin_log(x); }
 
 template <class T>
 constexpr T kInfinity = static_cast<T>(__builtin_inf());
