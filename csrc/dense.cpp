@@ -128,9 +128,8 @@ Tensor row_numbers(
 
 Tensor dropout_factors(
     const Tensor& scores, const Tensor& rows, int64_t seed, int64_t side, double p) {
-  const auto stream =
-      dropout::splitmix64(static_cast<uint64_t>(seed) + static_cast<uint64_t>(side));
-  const auto mixed = splitmix64(at::bitwise_xor(rows, static_cast<int64_t>(stream)));
+  const auto stream = static_cast<int64_t>(dropout::stream(seed, side));
+  const auto mixed = splitmix64(at::bitwise_xor(rows, stream));
   const auto first = low32(mixed), second = shifted(mixed, 32);
   const auto column = at::arange(scores.size(-1), rows.options());
   auto x = low32(column * int64_t{0x9E3779B1} + first);

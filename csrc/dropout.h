@@ -21,10 +21,15 @@ static inline uint64_t splitmix64(uint64_t x) {
   return x ^ (x >> 31);
 }
 
-/// `row` counts (batch * Hq + head) * L + query; `side` is 0 for the sequence, 1 for the memory.
+/// `side` is 0 for the sequence, 1 for the memory. The seed is mixed first: seed + side alone would
+/// give a seed's memory the numbers of the next seed's sequence.
+static inline uint64_t stream(int64_t seed, int64_t side) {
+  return splitmix64(splitmix64(static_cast<uint64_t>(seed)) + static_cast<uint64_t>(side));
+}
+
+/// `row` counts (batch * Hq + head) * L + query.
 static inline RowKey row_key(int64_t seed, int64_t side, int64_t row) {
-  const uint64_t stream = splitmix64(static_cast<uint64_t>(seed) + static_cast<uint64_t>(side));
-  const uint64_t mixed = splitmix64(stream ^ static_cast<uint64_t>(row));
+  const uint64_t mixed = splitmix64(stream(seed, side) ^ static_cast<uint64_t>(row));
   return {static_cast<uint32_t>(mixed), static_cast<uint32_t>(mixed >> 32)};
 }
 

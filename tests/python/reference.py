@@ -155,7 +155,8 @@ def dropout_keep(seed, side, shape, dropout_p):
     """The keep mask of csrc/dropout.h in shape (..., L, columns); side 0 sequence, 1 memory."""
     rows, columns = math.prod(shape[:-1]), shape[-1]
     with numpy.errstate(over="ignore"):
-        stream = _splitmix64(numpy.array([seed + side], dtype=numpy.int64).astype(numpy.uint64))
+        seeds = numpy.array([seed], dtype=numpy.int64).astype(numpy.uint64)
+        stream = _splitmix64(_splitmix64(seeds) + numpy.uint64(side))
         mixed = _splitmix64(stream ^ numpy.arange(rows, dtype=numpy.uint64))
         first = mixed.astype(numpy.uint32)[:, None]
         second = (mixed >> numpy.uint64(32)).astype(numpy.uint32)[:, None]
