@@ -101,6 +101,12 @@ Tensor causal(const Tensor& scores, int64_t first_row, int64_t last_key) {
   return scores.masked_fill(key > row + last_key, -kInfinity);
 }
 
+Tensor without_self(const Tensor& scores, int64_t first_row) {
+  const auto options = scores.options().dtype(at::kLong);
+  const auto row = at::arange(first_row, first_row + scores.size(-2), options).unsqueeze(-1);
+  return scores.masked_fill(row == at::arange(scores.size(-1), options), -kInfinity);
+}
+
 std::pair<Tensor, Tensor> softmax(const Tensor& scores) {
   if (scores.size(-1) == 0) {
     return {scores, scores.sum(-1, /*keepdim=*/true) - kInfinity};

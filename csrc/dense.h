@@ -33,6 +33,9 @@ Tensor masked(const Tensor& scores, const Tensor& mask);
 /// Scores with keys after last_key + row left out; row counts from `first_row`.
 Tensor causal(const Tensor& scores, int64_t first_row, int64_t last_key);
 
+/// Scores with key i left out for row i; row counts from `first_row`.
+Tensor without_self(const Tensor& scores, int64_t first_row);
+
 /// Softmax weights and log-sum-exp (last dimension 1). A row that reads nothing has weights 0 and
 /// lse -inf, and finite derivatives.
 std::pair<Tensor, Tensor> softmax(const Tensor& scores);

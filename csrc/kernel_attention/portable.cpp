@@ -1,6 +1,4 @@
 #include <ATen/TensorOperators.h>
-#include <ATen/ops/arange.h>
-#include <ATen/ops/cat.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/full.h>
 #include <ATen/ops/where.h>
@@ -14,7 +12,7 @@
 #include "chunked.h"
 #include "dense.h"
 #include "kernel_attention/arguments.h"
-#include "kernel_attention/kernels.h"
+#include "kernel_attention/log_kernel.h"
 
 namespace mixhead::kernels {
 namespace {
@@ -35,101 +33,13 @@ struct Constants {
   int64_t seed;
 };
 
-bool is_distance(Kernel kernel) { return kernel != Kernel::dot && kernel != Kernel::cosine; }
-
-/// Rows of length 1; a zero row stays zero, with derivative 0.
-Tensor unit(const Tensor& x) {
-  const auto square = (x * x).sum(-1, /*keepdim=*/true);
-  return x / square.masked_fill(square == 0, 1.0).sqrt();
-}
-
-/// u^2 (b, heads, groups, rows, keys), by subtraction: exact for near points far from the origin.
-Tensor squared_distance(const Tensor& query, const Tensor& key, const Tensor& bandwidth) {
-  const auto q = dense::grouped(query, key.size(1)).unsqueeze(-2);
-  const auto k = key.unsqueeze(2).unsqueeze(2);
-  const auto h = dense::grouped(bandwidth, key.size(1)).unsqueeze(-2);
-  const auto difference = (q - k) / h;
-  return (difference * difference).sum(-1);
-}
-
-/// log K of a distance kernel from u^2. Where u = 0 the branch taken has the kernel's own first and
-/// second derivatives there; laplacian has a cusp, and the subgradient 0.
-Tensor log_of_squared_distance(Kernel kernel, const Tensor& u2) {
-  const auto at_zero = u2 == 0;
-  const auto u = u2.masked_fill(at_zero, 1.0).sqrt();
-  const auto inside = [&](const Tensor& x) { return x.masked_fill(u2 >= 1.0, 0.0); };
-  const auto compact = [&](const Tensor& log) { return log.masked_fill(u2 >= 1.0, -kInfinity); };
-  switch (kernel) {
-    case Kernel::gaussian:
-      return u2 * -0.5;
-    case Kernel::laplacian:
-      return (-u).masked_fill(at_zero, 0.0);
-    case Kernel::matern32: {
-      const auto s = u * std::sqrt(3.0);
-      return at::where(at_zero, u2 * -1.5, s.log1p() - s);
-    }
-    case Kernel::matern52: {
-      const auto s = u * std::sqrt(5.0);
-      return at::where(at_zero, u2 * (-5.0 / 6.0), (s + s * s / 3.0).log1p() - s);
-    }
-    case Kernel::cauchy:
-      return -u2.log1p();
-    case Kernel::epanechnikov:
-      return compact((-inside(u2)).log1p());
-    case Kernel::tricube:
-      return compact((-inside(u2 * u.masked_fill(at_zero, 0.0))).log1p() * 3.0);
-    case Kernel::boxcar:
-      return (u2.detach() * 0.0).masked_fill(u2 > 1.0, -kInfinity);
-    default:
-      TORCH_INTERNAL_ASSERT(false, "not a distance kernel");
-  }
-}
-
-Tensor log_kernel(Kernel kernel, const Tensor& query, const Tensor& key, const Tensor& bandwidth) {
-  if (is_distance(kernel)) {
-    return log_of_squared_distance(kernel, squared_distance(query, key, bandwidth));
-  }
-  const auto precision = bandwidth.pow(-2.0);
-  if (kernel == Kernel::dot) return dense::products(query * precision, key);
-  return dense::products(unit(query), unit(key)) * dense::grouped(precision, key.size(1));
-}
-
-/// The part of a per-query operand that belongs to one query head.
-Tensor one_head(const Tensor& per_query, int64_t head) {
-  return per_query.size(1) == 1 ? per_query : per_query.narrow(1, head, 1);
-}
-
-/// log K of every head with its own kernel: (b, heads, groups, rows, keys).
-Tensor log_kernels(
-    const Tensor& query, const Tensor& key, const Tensor& bandwidth, const Chunk& chunk,
-    const Constants& constants) {
-  const auto heads = key.size(1), query_heads = query.size(1), groups = query_heads / heads;
-  const auto* kernels = constants.kernels.data();
-  if (constants.kernels.size() == 1) return log_kernel(*kernels, query, key, bandwidth);
-  kernels += chunk.head * groups;
-  if (std::all_of(kernels, kernels + query_heads, [&](Kernel k) { return k == *kernels; })) {
-    return log_kernel(*kernels, query, key, bandwidth);
-  }
-  Tensors each;
-  for (int64_t head = 0; head < query_heads; ++head) {
-    each.push_back(log_kernel(
-        kernels[head], one_head(query, head), key.narrow(1, head / groups, 1),
-        one_head(bandwidth, head)));
-  }
-  return at::cat(each, 1).squeeze(2).unflatten(1, {heads, groups});
-}
-
 /// Scores with the keys that a query may not read at -inf, an additive mask added.
 Tensor readable(Tensor scores, const Tensor& mask, const Chunk& chunk, const Constants& constants) {
   scores = dense::masked(scores, mask);
   if (constants.is_causal) {
     scores = dense::causal(scores, chunk.row, constants.keys - constants.rows);
   }
-  if (constants.exclude_self) {
-    const auto options = scores.options().dtype(at::kLong);
-    const auto row = at::arange(chunk.row, chunk.row + chunk.rows, options).unsqueeze(-1);
-    scores = scores.masked_fill(row == at::arange(constants.keys, options), -kInfinity);
-  }
+  if (constants.exclude_self) scores = dense::without_self(scores, chunk.row);
   return scores;
 }
 
@@ -151,8 +61,8 @@ Tensors formula(
   const auto &query = in[0], &key = in[1], &value = in[2];
   const auto bandwidth =
       in[3].defined() ? in[3] : at::full({1, 1, 1, 1}, default_bandwidth, query.options());
-  const auto scores =
-      readable(log_kernels(query, key, bandwidth, chunk, constants), in[4], chunk, constants);
+  const auto scores = readable(
+      log_kernels(constants.kernels, query, key, bandwidth, chunk), in[4], chunk, constants);
   auto [weights, grouped_mass] = dense::softmax(scores);
   const auto log_mass = grouped_mass.flatten(1, 2);
   if (constants.dropout_p > 0.0 && scores.size(-1) > 0) {
@@ -173,16 +83,9 @@ Tensors formula(
   return {output, log_mass};
 }
 
-/// (), (Hq,) or (Hq, D) as (Hq or 1, 1, D or 1).
-Tensor bandwidth_operand(const Tensor& bandwidth) {
-  if (!bandwidth.defined()) return bandwidth;
-  if (bandwidth.dim() == 2) return bandwidth.unsqueeze(1);
-  return bandwidth.reshape({-1, 1, 1});
-}
-
 Problem problem_of(const Arguments& args) {
   Constants constants{
-      .kernels = {},
+      .kernels = kernels_named(args.kernel),
       .is_causal = args.is_causal,
       .exclude_self = args.exclude_self,
       .normalize = args.normalize,
@@ -193,11 +96,8 @@ Problem problem_of(const Arguments& args) {
       .keys = args.key.size(-2),
       .dropout_p = args.dropout_p,
       .seed = args.seed ? args.seed->item<int64_t>() : 0};
-  bool distances = false;
-  for (const std::string& name : args.kernel) {
-    constants.kernels.push_back(*kernel_named(name));
-    distances |= is_distance(constants.kernels.back());
-  }
+  const bool distances =
+      std::any_of(constants.kernels.begin(), constants.kernels.end(), is_distance);
   const auto channels = args.query.size(-1), depth = channels + args.value.size(-1);
   Problem problem(
       args.query, args.key.size(-3), constants.keys * (distances ? channels : 1) + depth,
