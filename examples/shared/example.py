@@ -5,8 +5,12 @@ import contextlib
 import json
 import os
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
+
+import torch
+from torch import nn
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -37,6 +41,16 @@ def atomic(path: Path) -> Iterator[Path]:
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def save_model(model: nn.Module, path: Path) -> None:
+    """Saves it as TorchScript, which a C++ app loads without Python."""
+    with warnings.catch_warnings(), atomic(path) as temporary:
+        # torch 2.15 announces TorchScript's end, and has it.
+        warnings.filterwarnings(
+            "ignore", message=r"`torch\.jit\.\w+` is (deprecated|not supported)"
+        )
+        torch.jit.script(model).save(temporary)
 
 
 def run(main: Callable[[], dict]) -> None:

@@ -1,7 +1,6 @@
 """Every example runs, small, as a user would run it: its figures, its controls, its C++ app."""
 
 import contextlib
-import json
 import os
 import signal
 import subprocess
@@ -11,25 +10,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from example_runs import ROOT, assert_files, run_example
 from torch import nn
 
-ROOT = Path(__file__).resolve().parents[2]
 MEMORY_MIX = ROOT / "examples" / "06_memory_mix"
 # Outside of the temporary folder, so that a second run of the tests has nothing to compile.
 APP_BUILD = ROOT / "build" / "examples" / f"memory_mix_app-{torch.__version__.split('+')[0]}"
-
-
-def run_example(folder: Path, *arguments: object) -> tuple[str, dict]:
-    """Standard output of `run.py --quick`, and the figures of its last line."""
-    command = [sys.executable, folder / "run.py", "--quick", *arguments]
-    result = subprocess.run(
-        [str(word) for word in command], capture_output=True, text=True, timeout=900
-    )
-    assert result.returncode == 0, result.stdout + result.stderr
-    assert "Warning" not in result.stderr
-    last = result.stdout.splitlines()[-1]
-    assert last.startswith("RESULT ")
-    return result.stdout, json.loads(last.removeprefix("RESULT "))
 
 
 @pytest.fixture(scope="module")
@@ -72,10 +58,7 @@ class TestMemoryMix:
         assert figures["conflict_scalar_gate"] <= 0.6
 
     def test_files(self, memory_mix):
-        out = memory_mix[0]
-        assert {path.name for path in out.iterdir()} == {"gates.png", "reads.png", "memory_mix.pt"}
-        for name in ("gates.png", "reads.png"):
-            assert (out / name).read_bytes().startswith(b"\x89PNG")
+        assert_files(memory_mix[0], "gates.png", "reads.png", "memory_mix.pt")
 
     def test_says_what_to_do_next(self, memory_mix):
         out, printed, _ = memory_mix
