@@ -58,4 +58,36 @@ TORCH_LIBRARY(mixhead, m) {
       "Tensor? seed, bool enable_gqa, Tensor output, Tensor log_mass, bool[5] output_mask) "
       "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
       {at::Tag::pt2_compliant_tag});
+
+  m.def(
+      "local_linear_attention(Tensor query, Tensor key, Tensor value, Tensor? bandwidth, "
+      "str[] kernel, *, Tensor? attn_mask=None, bool is_causal=False, bool exclude_self=False, "
+      "float ridge=0.0) -> (Tensor output, Tensor slope, Tensor leverage, Tensor log_mass)",
+      {at::Tag::pt2_compliant_tag});
+  m.def(
+      "_local_linear_attention_forward(Tensor query, Tensor key, Tensor value, "
+      "Tensor? bandwidth, str[] kernel, Tensor? attn_mask, bool is_causal, bool exclude_self, "
+      "float ridge) -> (Tensor output, Tensor slope, Tensor leverage, Tensor log_mass)",
+      {at::Tag::pt2_compliant_tag});
+  // Gradients of (query, key, value, bandwidth, attn_mask); empty where not asked for.
+  m.def(
+      "_local_linear_attention_backward(Tensor grad_output, Tensor grad_slope, "
+      "Tensor grad_leverage, Tensor grad_log_mass, Tensor query, Tensor key, Tensor value, "
+      "Tensor? bandwidth, str[] kernel, Tensor? attn_mask, bool is_causal, bool exclude_self, "
+      "float ridge, bool[5] output_mask) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+      {at::Tag::pt2_compliant_tag});
+
+  m.def(
+      "topk_keys(Tensor query, Tensor key, int k, *, Tensor? mask=None, str metric=\"dot\") "
+      "-> (Tensor scores, Tensor indices)",
+      {at::Tag::pt2_compliant_tag});
+  m.def(
+      "_topk_keys_forward(Tensor query, Tensor key, int k, Tensor? mask, str metric) "
+      "-> (Tensor scores, Tensor indices)",
+      {at::Tag::pt2_compliant_tag});
+  // Gradients of (query, key, mask); empty where not asked for.
+  m.def(
+      "_topk_keys_backward(Tensor grad_scores, Tensor query, Tensor key, Tensor? mask, "
+      "str metric, Tensor indices, bool[3] output_mask) -> (Tensor, Tensor, Tensor)",
+      {at::Tag::pt2_compliant_tag});
 }

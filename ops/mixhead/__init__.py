@@ -2,7 +2,13 @@
 
 from mixhead import _library, distributed
 from mixhead._version import __version__
-from mixhead.functional import kernel_attention, merge_attention, mixed_attention
+from mixhead.functional import (
+    kernel_attention,
+    local_linear_attention,
+    merge_attention,
+    mixed_attention,
+    topk_keys,
+)
 from mixhead.layers import MixedMultiheadAttention
 from mixhead.memory import MemoryBank
 from mixhead.optim import recommended_parameter_groups
@@ -19,7 +25,9 @@ __all__ = [
     "cmake_prefix_path",
     "distributed",
     "kernel_attention",
+    "local_linear_attention",
     "merge_attention",
     "mixed_attention",
     "recommended_parameter_groups",
+    "topk_keys",
 ]

@@ -351,6 +351,96 @@ boolean_dispatched[kernel_attention] = {
 }
 
 
+# TorchScript knows no keyword-only arguments with defaults: this function and topk_keys, which
+# have one return type and are compiled as they stand, take all by position too.
+def local_linear_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bandwidth: Tensor | None = None,
+    kernel: str | list[str] = "gaussian",
+    attn_mask: Tensor | None = None,
+    is_causal: bool = False,
+    exclude_self: bool = False,
+    ridge: float = 0.0,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    r"""Local-linear kernel regression: weighted least squares of degree 1 around each query.
+
+    .. math::
+        (a_i, b_i) = \arg\min_{a, b} \sum_j K(q_i, k_j)
+            \lVert v_j - a - b^\top (k_j - q_i) \rVert^2 + \text{ridge} \lVert b \rVert^2
+
+    (Stone, "Consistent nonparametric regression", 1977; Fan & Gijbels, "Local polynomial modelling
+    and its applications", 1996, section 3.1.) The kernels :math:`K` are those of
+    `kernel_attention`. Memory use is linear in ``S``; a query holds the moments of its window,
+    ``D x (D + Dv)`` numbers.
+
+    Letters: ``B`` batch (any number of leading dimensions, none included), ``H`` heads, ``L``
+    queries, ``S`` keys, ``D`` channels of a point, ``Dv`` channels of a value.
+
+    Args:
+        query: ``(B, H, L, D)``.
+        key: ``(B, H, S, D)``, or ``(H, S, D)``: one set of points shared by the batch.
+        value: ``(B, H, S, Dv)`` or ``(H, S, Dv)``, as ``key``.
+        bandwidth: ``h > 0`` in the units of query and key: ``()``, ``(H,)`` or ``(H, D)``, one per
+            channel (not for ``cosine``). None means ``D ** 0.25``.
+        kernel: one name, or one for each head.
+        attn_mask: bool (True: may read) or additive float, broadcasts to ``(B, H, L, S)``. A float
+            mask adds to log K (the prior weight of a data point) and gets a gradient.
+        is_causal: query ``i`` reads keys up to ``S - L + i``.
+        exclude_self: key ``i`` is left out for query ``i`` (leave-one-out); needs ``L == S``.
+        ridge: penalty, at least 0, of the squared slope, against the plain (not normalized) sum
+            over keys, in the squared units of key; the intercept is not penalised.
+
+    Returns:
+        output ``(B, H, L, Dv)``, the intercept :math:`a`: the fit at the query.
+
+        slope ``(B, H, L, D, Dv)``, :math:`b`: the marginal effects.
+
+        leverage ``(B, H, L)``, :math:`K(q_i, q_i)\, e_1^\top (X^\top W X +
+        \text{ridge})^{-1} e_1` with rows :math:`(1, k_j - q_i)` in :math:`X`: the weight that a
+        key placed at the query carries in its own fit. At the fitted points it is the diagonal of
+        the smoother matrix, so its sum is the effective degrees of freedom; where `attn_mask` gives
+        the point a prior weight, times this weight. With ``exclude_self`` the design is that
+        without key ``i``, and a key put there would carry ``leverage / (1 + leverage)``.
+
+        log_mass ``(B, H, L)``, :math:`\log \sum_j K(q_i, k_j)`.
+
+        The last two are in float32 (float64 for float64 input). All are differentiable, twice.
+
+        Where the design is singular (fewer keys in the window than ``D + 1``, duplicated points, a
+        constant channel; judged relative to the spread of each channel, at the precision of the
+        sums) the minimum-norm (intercept, slope) is taken, that of `numpy.linalg.lstsq`, and the
+        pseudo-inverse for the leverage. It is what it would be without the missing directions
+        wherever the query lies in the affine hull of the keys in its window; elsewhere a small
+        ``ridge`` keeps the intercept from shrinking. Derivatives are those at constant rank, the
+        second with the null space taken to first order. A row of no mass gives 0, and log_mass
+        -inf.
+
+    Raises:
+        RuntimeError: an argument has the wrong shape, dtype, device or value. The message names the
+            argument, what was expected and what came.
+
+    Example:
+        >>> x, y = torch.linspace(0, 1, 50).view(1, 50, 1), torch.randn(1, 50, 1)
+        >>> grid = torch.linspace(0, 1, 200).view(1, 200, 1)
+        >>> fit, slope, _, _ = mixhead.local_linear_attention(grid, x, y, torch.tensor(0.1))
+        >>> fit.shape, slope.shape
+        (torch.Size([1, 200, 1]), torch.Size([1, 200, 1, 1]))
+    """
+    return torch.ops.mixhead.local_linear_attention(
+        query,
+        key,
+        value,
+        bandwidth,
+        [kernel] if isinstance(kernel, str) else kernel,
+        attn_mask=attn_mask,
+        is_causal=is_causal,
+        exclude_self=exclude_self,
+        ridge=ridge,
+    )
+
+
 def merge_attention(outputs: list[Tensor], lses: list[Tensor]) -> tuple[Tensor, Tensor]:
     r"""The exact attention over the union of disjoint key sets, from each set's part.
 
@@ -378,3 +468,46 @@ def merge_attention(outputs: list[Tensor], lses: list[Tensor]) -> tuple[Tensor, 
         >>> output, lse = mixhead.merge_attention(outputs, lses)
     """
     return torch.ops.mixhead.merge_attention(outputs, lses)
+
+
+def topk_keys(
+    query: Tensor, key: Tensor, k: int, mask: Tensor | None = None, metric: str = "dot"
+) -> tuple[Tensor, Tensor]:
+    r"""The ``k`` keys of highest score of each query: exact search that streams the keys.
+
+    ================ =====================================================================
+    ``dot``          :math:`q \cdot k`
+    ``cosine``       :math:`q \cdot k / (\lVert q \rVert \lVert k \rVert)`; 0 of a zero vector
+    ``l2``           :math:`-\lVert q - k \rVert^2`, by subtraction: no cancellation
+    ================ =====================================================================
+
+    No ``L x M`` tensor is made. Letters: ``B`` batch (any number of leading dimensions, none
+    included), ``Hq`` query heads, ``H`` key heads, ``L`` queries, ``M`` keys, ``D`` channels.
+
+    Args:
+        query: ``(B, Hq, L, D)``; ``Hq`` is a multiple of ``H``, and query head ``h`` reads key head
+            ``h // (Hq // H)``.
+        key: ``(H, M, D)`` shared by the batch, or ``(B, H, M, D)``.
+        k: number of keys, at least 0.
+        mask: bool (True: may read) or additive float, broadcasts to ``(B, Hq, L, M)``. A float mask
+            adds to the scores and gets a gradient.
+        metric: ``"dot"``, ``"cosine"`` or ``"l2"``.
+
+    Returns:
+        scores ``(B, Hq, L, k)``, from high to low, in float32 (float64 for float64), and indices
+        ``(B, Hq, L, k)``, int64; of equal scores the lower index comes first, and NaN counts as
+        highest. Where fewer than ``k`` keys may be read, score -inf and index -1 fill up. The
+        scores are differentiable in query, key and a float mask, twice; ``indices`` are what
+        `mixed_attention` takes as ``memory_index``.
+
+    Raises:
+        RuntimeError: an argument has the wrong shape, dtype, device or value. The message names the
+            argument, what was expected and what came.
+
+    Example:
+        >>> query, memory_key = torch.randn(2, 8, 128, 64), torch.randn(8, 4096, 64)
+        >>> scores, indices = mixhead.topk_keys(query, memory_key, 32)
+        >>> indices.shape
+        torch.Size([2, 8, 128, 32])
+    """
+    return torch.ops.mixhead.topk_keys(query, key, k, mask=mask, metric=metric)

@@ -197,6 +197,39 @@ def log_kernel(name, query, key, bandwidth):
     return kernel.masked_fill(zero, 1.0).log().masked_fill(zero, -math.inf)
 
 
+def _kernel_heads(query, key, bandwidth, kernel):
+    """query and key in float64, each head's bandwidth (heads, 1, D or 1), and its kernel's name."""
+    query, key = query.double(), key.double()
+    heads, channels = query.shape[-3], query.shape[-1]
+    if bandwidth is None:
+        bandwidth = torch.tensor(channels**0.25, dtype=torch.float64)
+    bandwidth = bandwidth.double()
+    bandwidth = bandwidth.reshape(-1, 1, 1) if bandwidth.dim() < 2 else bandwidth.unsqueeze(1)
+    key = key.repeat_interleave(heads // key.shape[-3], -3)
+    names = kernel * heads if len(kernel) == 1 else kernel
+    return query, key, bandwidth.expand(heads, 1, -1), names
+
+
+def _kernel_scores(query, key, bandwidth, names, attn_mask, is_causal, exclude_self):
+    """log K with the mask added, where it is not -inf, and where the mask lets read."""
+    scores = torch.stack(
+        [
+            log_kernel(name, query[..., h, :, :], key[..., h, :, :], bandwidth[h])
+            for h, name in enumerate(names)
+        ],
+        dim=-3,
+    )
+    rows, keys = scores.shape[-2:]
+    allowed = torch.ones(rows, keys, dtype=torch.bool)
+    if is_causal:
+        allowed = allowed.tril(keys - rows)
+    if exclude_self:
+        allowed = allowed & ~torch.eye(rows, dtype=torch.bool)
+    allowed = allowed.expand(scores.shape)
+    readable = _readable(torch.zeros_like(scores), attn_mask, allowed)[1]
+    return *_readable(scores, attn_mask, allowed & (scores.detach() != -math.inf)), readable
+
+
 def kernel_attention(
     query,
     key,
@@ -212,32 +245,12 @@ def kernel_attention(
     enable_gqa=False,
 ):
     """(output, log_mass) as the table of kernels defines them, every pair stored."""
-    query, key, value = (tensor.double() for tensor in (query, key, value))
-    heads, rows, channels = query.shape[-3:]
-    if bandwidth is None:
-        bandwidth = torch.tensor(channels**0.25, dtype=torch.float64)
-    bandwidth = bandwidth.double()
-    bandwidth = bandwidth.reshape(-1, 1, 1) if bandwidth.dim() < 2 else bandwidth.unsqueeze(1)
-    bandwidth = bandwidth.expand(heads, 1, -1)
-    groups = heads // key.shape[-3]
-    key, value = (tensor.repeat_interleave(groups, -3) for tensor in (key, value))
-    names = kernel * heads if len(kernel) == 1 else kernel
-    scores = torch.stack(
-        [
-            log_kernel(name, query[..., h, :, :], key[..., h, :, :], bandwidth[h])
-            for h, name in enumerate(names)
-        ],
-        dim=-3,
-    )
+    query, key, bandwidth, names = _kernel_heads(query, key, bandwidth, kernel)
+    value = value.double().repeat_interleave(query.shape[-3] // value.shape[-3], -3)
     keys = key.shape[-2]
-    allowed = torch.ones(rows, keys, dtype=torch.bool)
-    if is_causal:
-        allowed = allowed.tril(keys - rows)
-    if exclude_self:
-        allowed = allowed & ~torch.eye(rows, dtype=torch.bool)
-    allowed = allowed.expand(scores.shape)
-    readable = _readable(torch.zeros_like(scores), attn_mask, allowed)[1]
-    scores, inside = _readable(scores, attn_mask, allowed & (scores.detach() != -math.inf))
+    scores, inside, readable = _kernel_scores(
+        query, key, bandwidth, names, attn_mask, is_causal, exclude_self
+    )
     weights, log_mass, nothing = _softmax(scores, inside)
     output = weights @ value
     if not normalize:
@@ -252,3 +265,48 @@ def kernel_attention(
         found = values.gather(-2, index).masked_fill(~readable.any(-1, keepdim=True), 0.0)
         output = torch.where(nothing.unsqueeze(-1), found, output)
     return output, log_mass
+
+
+def local_linear_attention(
+    query,
+    key,
+    value,
+    bandwidth,
+    kernel,
+    *,
+    attn_mask=None,
+    is_causal=False,
+    exclude_self=False,
+    ridge=0.0,
+):
+    """(output, slope, leverage, log_mass) from the normal equations of every query, stored."""
+    query, key, bandwidth, names = _kernel_heads(query, key, bandwidth, kernel)
+    value = value.double()
+    weights, log_mass, nothing = _softmax(
+        *_kernel_scores(query, key, bandwidth, names, attn_mask, is_causal, exclude_self)[:2]
+    )
+    offset = key.unsqueeze(-3) - query.unsqueeze(-2)  # (..., L, S, D)
+    design = torch.cat([torch.ones_like(offset[..., :1]), offset], -1)
+    weighted = design * weights.unsqueeze(-1)
+    normal = weighted.mT @ design
+    if ridge:
+        penalty = torch.ones(normal.shape[-1], dtype=torch.float64)
+        penalty[0] = 0.0
+        mass = log_mass.masked_fill(nothing, 0.0).exp()
+        normal = normal + penalty.diag() * ridge / mass[..., None, None]
+    inverse = torch.linalg.pinv(normal, rtol=1e-12, hermitian=True)
+    solution = inverse @ weighted.mT @ value.unsqueeze(-3)  # (..., L, 1 + D, Dv)
+    at_query = torch.stack(
+        [
+            log_kernel(name, query[..., h, :, None, :], query[..., h, :, None, :], bandwidth[h])
+            for h, name in enumerate(names)
+        ],
+        dim=-4,
+    )[..., 0, 0]
+    leverage = (at_query - log_mass.masked_fill(nothing, 0.0)).exp() * inverse[..., 0, 0]
+    return (
+        solution[..., 0, :],
+        solution[..., 1:, :],
+        leverage.masked_fill(nothing, 0.0),
+        log_mass,
+    )

@@ -1,0 +1,179 @@
+#include <ATen/TensorOperators.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/full.h>
+#include <ATen/ops/matmul.h>
+#include <torch/library.h>
+
+#include <cmath>
+#include <limits>
+
+#include "chunked.h"
+#include "dense.h"
+#include "kernel_attention/log_kernel.h"
+#include "local_linear_attention/arguments.h"
+#include "local_linear_attention/least_squares.h"
+
+namespace mixhead::local_linear {
+namespace {
+
+using chunked::Axes;
+using chunked::Chunk;
+using chunked::Problem;
+using Tensors = std::vector<Tensor>;
+
+constexpr double kInfinity = std::numeric_limits<double>::infinity();
+
+/// What the formula needs beside the operands, fixed for one call of the op.
+struct Constants {
+  std::vector<Kernel> kernels;  // one, or one for each head
+  bool is_causal, exclude_self;
+  double ridge, default_bandwidth;
+  int64_t rows, keys;
+};
+
+/// k - q, (b, heads, groups, rows, D, S): keys innermost, along which all sums run.
+Tensor offsets(const Tensor& query, const Tensor& key) {
+  const auto q = dense::grouped(query, key.size(1)).unsqueeze(-1);
+  return key.transpose(-2, -1).contiguous().unsqueeze(2).unsqueeze(2) - q;
+}
+
+/// Moments of the offsets and values under `weights` (b, heads, groups, rows, S) that sum to 1.
+/// Second moments are about the mean, in a second pass: windows are small against their distance
+/// from the origin, and from the query where it stands outside of its data.
+Moments moments(
+    const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& weights) {
+  const auto offset = offsets(query, key);
+  const auto mean = at::matmul(offset, weights.unsqueeze(-1));
+  const auto centred = offset - mean;
+  const auto weighted = centred * weights.unsqueeze(-2);
+  const auto rows = query.size(2), channels = query.size(3);
+  return {
+      .mean = mean.flatten(1, 2),
+      .covariance = at::matmul(weighted, centred.transpose(-2, -1)).flatten(1, 2),
+      .value = dense::weighted_sum(weights, value).unsqueeze(-2),
+      .cross = dense::weighted_sum(weighted.flatten(3, 4), value).unflatten(2, {rows, channels})};
+}
+
+/// (output, slope, leverage, log_mass) of one chunk, D and Dv of the slope in one dimension; in:
+/// query, key, value, bandwidth, attn_mask.
+Tensors formula(const Tensors& in, const Chunk& chunk, const Constants& constants) {
+  const auto &query = in[0], &key = in[1], &value = in[2];
+  const auto bandwidth = in[3].defined()
+                             ? in[3]
+                             : at::full({1, 1, 1, 1}, constants.default_bandwidth, query.options());
+  auto scores =
+      dense::masked(kernels::log_kernels(constants.kernels, query, key, bandwidth, chunk), in[4]);
+  if (constants.is_causal) {
+    scores = dense::causal(scores, chunk.row, constants.keys - constants.rows);
+  }
+  if (constants.exclude_self) scores = dense::without_self(scores, chunk.row);
+  const auto [weights, grouped_mass] = dense::softmax(scores);
+  const auto log_mass = grouped_mass.flatten(1, 2);
+  const auto empty = log_mass == -kInfinity;
+  const auto finite_mass = log_mass.masked_fill(empty, 0.0);
+
+  auto sums = moments(query, key, value, weights);
+  if (constants.ridge > 0.0) {
+    // The weights sum to 1 here, not to the mass. Beyond e^80 the slope is 0 anyhow.
+    const auto penalty = (-finite_mass).clamp_max(80.0).exp() * constants.ridge;
+    sums.covariance = with_ridge(sums.covariance, penalty.unsqueeze(-1));
+  }
+  const auto fit = least_squares(sums);
+  const auto at_query = kernels::log_kernels_at_query(constants.kernels, query, bandwidth, chunk);
+  const auto leverage = (at_query - finite_mass).exp() * fit.inverse_corner.squeeze(-1);
+  return {
+      fit.intercept.squeeze(-2), fit.slope.flatten(-2), leverage.masked_fill(empty, 0.0), log_mass};
+}
+
+Problem problem_of(const Arguments& args) {
+  const auto channels = args.query.size(-1), wide = args.value.size(-1);
+  const Constants constants{
+      .kernels = kernels::kernels_named(args.kernel),
+      .is_causal = args.is_causal,
+      .exclude_self = args.exclude_self,
+      .ridge = args.ridge,
+      .default_bandwidth = std::pow(static_cast<double>(channels), 0.25),
+      .rows = args.query.size(-2),
+      .keys = args.key.size(-2)};
+  Problem problem(
+      args.query, args.key.size(-3),
+      constants.keys * (3 * channels + 2) + channels * (4 * channels + 2 * wide),
+      constants.keys * (2 * channels + wide));
+  auto tensors = differentiable(args);
+  tensors[3] = kernels::bandwidth_operand(tensors[3]);
+  constexpr std::array<Axes, kDifferentiable> axes{
+      Axes::query, Axes::key, Axes::key, Axes::query, Axes::query};
+  for (size_t i = 0; i < kDifferentiable; ++i) problem.operands.push_back({tensors[i], axes[i]});
+  problem.formula = [constants](const Tensors& in, const Chunk& chunk) {
+    return formula(in, chunk, constants);
+  };
+  return problem;
+}
+
+/// The op's four outputs or their gradients as the formula has them.
+Tensors as_rows(const Grads& outputs) {
+  return {outputs[0], outputs[1].flatten(-2), outputs[2].unsqueeze(-1), outputs[3].unsqueeze(-1)};
+}
+
+Forward forward_portable(
+    const Tensor& query, const Tensor& key, const Tensor& value, const OptionalTensor& bandwidth,
+    Names kernel, const OptionalTensor& attn_mask, bool is_causal, bool exclude_self,
+    double ridge) {
+  const Arguments args{query,     key,       value,        bandwidth, std::move(kernel),
+                       attn_mask, is_causal, exclude_self, ridge};
+  check(args);
+  at::DimVector rows(query.sizes().begin(), query.sizes().end() - 1);
+  at::DimVector output_sizes = rows, slope_sizes = rows;
+  output_sizes.push_back(value.size(-1));
+  slope_sizes.push_back(query.size(-1));
+  slope_sizes.push_back(value.size(-1));
+  const auto wide =
+      query.options().dtype(query.scalar_type() == at::kDouble ? at::kDouble : at::kFloat);
+  const Grads outputs{
+      at::empty(output_sizes, query.options()), at::empty(slope_sizes, query.options()),
+      at::empty(rows, wide), at::empty(rows, wide)};
+  chunked::forward(problem_of(args), as_rows(outputs));
+  return {outputs[0], outputs[1], outputs[2], outputs[3]};
+}
+
+Gradients backward_portable(
+    const Tensor& grad_output, const Tensor& grad_slope, const Tensor& grad_leverage,
+    const Tensor& grad_log_mass, const Tensor& query, const Tensor& key, const Tensor& value,
+    const OptionalTensor& bandwidth, Names kernel, const OptionalTensor& attn_mask, bool is_causal,
+    bool exclude_self, double ridge, OutputMask output_mask) {
+  const Arguments args{query,     key,       value,        bandwidth, std::move(kernel),
+                       attn_mask, is_causal, exclude_self, ridge};
+  auto g = chunked::backward(
+      problem_of(args), as_rows({grad_output, grad_slope, grad_leverage, grad_log_mass}),
+      std::vector<bool>(output_mask.begin(), output_mask.end()));
+  if (g[3].defined()) g[3] = g[3].view(bandwidth->sizes());
+  for (auto& gradient : g) {
+    if (!gradient.defined()) gradient = at::empty({0}, query.options());
+  }
+  return {g[0], g[1], g[2], g[3], g[4]};
+}
+
+}  // namespace
+
+std::vector<Tensor> double_backward(
+    const Arguments& args, const Grads& grads,
+    const std::array<Tensor, kDifferentiable>& second_order,
+    const std::array<bool, kOutputs + kDifferentiable>& needed) {
+  Tensors partners(second_order.begin(), second_order.end());
+  partners[3] = kernels::bandwidth_operand(partners[3]);
+  auto result = chunked::double_backward(
+      problem_of(args), as_rows(grads), partners, std::vector<bool>(needed.begin(), needed.end()));
+  for (size_t i = 0; i < kOutputs; ++i) {
+    if (result[i].defined()) result[i] = result[i].view(grads[i].sizes());
+  }
+  auto& of_bandwidth = result[kOutputs + 3];
+  if (of_bandwidth.defined()) of_bandwidth = of_bandwidth.view(args.bandwidth->sizes());
+  return result;
+}
+
+TORCH_LIBRARY_IMPL(mixhead, CompositeExplicitAutograd, m) {
+  m.impl("_local_linear_attention_forward", forward_portable);
+  m.impl("_local_linear_attention_backward", backward_portable);
+}
+
+}  // namespace mixhead::local_linear
