@@ -1,62 +1,10 @@
 #pragma once
 // The forward: each item streams its keys past its panels of rows; combine merges splits and
 // sources.
-#include "cpu/panel-inl.h"
+#include "cpu/decode-inl.h"
 
 namespace mixhead::cpu {
 namespace {
-
-/// Whether two steps' operands fit beside each other into the lanes of half as many rows.
-template <class M>
-constexpr bool kCanPair = kVectorBytes == 64 && sizeof(typename M::Operand) == 4;
-
-template <class M>
-struct ForwardPanel {
-  using Acc = typename M::Acc;
-  Rows<Acc> rows;
-  typename M::Operand* query;  // [steps][lanes], or [steps / 2][2 lanes of each row] where paired
-  Acc* output;  // [value_channels][lanes], or [rows][value_channels], relative to the maximum
-  bool paired, by_row;
-  Acc* highest;  // running maximum of the scores
-  Acc* sum;
-};
-
-template <class Io>
-struct ForwardScratch {
-  using M = Multiply<Io>;
-  using Acc = typename M::Acc;
-  ForwardPanel<M>* panels;
-  Acc* scores;
-  Acc* bias;
-  void* key;
-  void* value;
-
-  ForwardScratch(const ForwardWork& work, const SourceWork& split, Arena& arena) {
-    const auto& p = work.problem;
-    const int64_t lanes =
-        smaller(kPanelLanes<Acc>, divide_up(split.row_block, kLanes<Acc>) * kLanes<Acc>);
-    const int64_t count = panels_for<Acc>(split.row_block), keys = work.tiles.keys;
-    panels = arena.take<ForwardPanel<M>>(count);
-    scores = arena.take<Acc>(keys * lanes);
-    bias = arena.take<Acc>(keys * lanes);
-    key = arena.take<Acc>(packed_elements(keys, p.channels));
-    value = arena.take<Acc>(packed_elements(keys, p.value_channels));
-    operands_ = arena.take<typename M::Operand>(count * divide_up(p.channels, M::steps) * lanes);
-    results_ = arena.take<Acc>(count * (p.value_channels + 2) * lanes);
-  }
-
-  void place(const Problem& p, int64_t panel, int64_t lanes) {
-    auto& at = panels[panel];
-    at.query = operands_ + panel * divide_up(p.channels, M::steps) * lanes;
-    at.output = results_ + panel * (p.value_channels + 2) * lanes;
-    at.highest = at.output + p.value_channels * lanes;
-    at.sum = at.highest + lanes;
-  }
-
- private:
-  typename M::Operand* operands_;
-  Acc* results_;
-};
 
 struct ForwardItem {
   int64_t unit, first_row, rows, first_key, keys, split;
@@ -135,26 +83,11 @@ void weigh(
   }
 }
 
-/// Sums of lane pairs to the first half of each vector.
-inline void fold_pairs(float* products, int64_t keys) {
-#if defined(__AVX512F__)
-  const auto even = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 0, 2, 4, 6, 8, 10, 12, 14);
-  for (int64_t k = 0; k < keys; ++k) {
-    const auto pairs = (__m512)load<float>(products + k * 16);
-    const auto sums = _mm512_add_ps(pairs, _mm512_permute_ps(pairs, 0xB1));
-    store(products + k * 16, _mm512_permutexvar_ps(even, sums));
-  }
-#else
-  (void)products;
-  (void)keys;
-#endif
-}
-
 /// Few rows, whose outputs lie by row: the values' channels along the lanes.
 template <class M>
 void add_values_by_row(
     const Problem& problem, ForwardPanel<M>& panel, int64_t keys, const Broadcast& value,
-    const typename M::Acc* weights, const typename M::Acc* alpha, const Fetch& next_value) {
+    const typename M::Acc* weights, const typename M::Acc* alpha) {
   using Operand = typename M::Operand;
   constexpr int64_t size = sizeof(Operand);
   const int64_t channels = problem.value_channels, lanes = panel.rows.lanes;
@@ -162,35 +95,30 @@ void add_values_by_row(
     auto* out = panel.output + row * channels;
     for (int64_t c = 0; c < channels; ++c) out[c] *= alpha[row];
   }
-  const auto add = [&]<int fetch_lines>() {
-    gemm_wide<M, fetch_lines>(
-        panel.rows.count, channels, divide_up(keys, M::steps), weights, {size, lanes * size},
-        static_cast<const Operand*>(value.data), value.strides.step / size, panel.output, channels,
-        Update::add, next_value);
-  };
-  if (next_value.data) {
-    add.template operator()<4>();
-  } else {
-    add.template operator()<0>();
-  }
+  gemm_wide<M>(
+      panel.rows.count, channels, divide_up(keys, M::steps), weights, {size, lanes * size},
+      static_cast<const Operand*>(value.data), value.strides.step / size, panel.output, channels,
+      Update::add);
 }
 
 /// The products of a block's keys with a panel's queries.
 template <class M, int vectors>
 void multiply_queries(
     const Problem& problem, const ForwardPanel<M>& panel, int64_t keys, const Broadcast& key,
-    typename M::Acc* products, const Fetch& next_key) {
+    typename M::Acc* products) {
   constexpr int64_t width = vectors * kLanes<typename M::Acc>;
+#if defined(__AVX512F__)
   if constexpr (kCanPair<M> && vectors == 1) {
     if (panel.paired) {
-      gemm<Paired<M>, 1, 2>(
-          keys, problem.channels / Paired<M>::steps, key.data,
-          {key.strides.row, 2 * key.strides.step}, panel.query, width, products, width,
-          Update::store, nullptr, next_key);
-      fold_pairs(products, keys);
+      multiply_paired(problem, panel, keys, key, products, {});
+      for (int64_t k = 0; k < keys; ++k) {
+        const auto pairs = load<float>(products + k * width);
+        store(products + k * width, fold_pairs(pairs, pairs));
+      }
       return;
     }
   }
+#endif
   gemm<M, vectors>(
       keys, divide_up(problem.channels, M::steps), key.data, key.strides, panel.query, width,
       products, width);
@@ -205,7 +133,16 @@ void forward_block(
   using Acc = typename M::Acc;
   using V = Vector<Acc>;
   constexpr int lanes = kLanes<Acc>, width = vectors * lanes;
-  multiply_queries<M, vectors>(problem, panel, keys, key, scores, next_key);
+#if defined(__AVX512F__)
+  if constexpr (kCanPair<M> && vectors == 1) {
+    const bool all = bias.kind == Bias<Acc>::none && panel.rows.fewest >= first + keys;
+    if (panel.paired && panel.by_row && all && !problem.dropout.on) {
+      decode_block(problem, panel, keys, key, value, scores, next_key, next_value);
+      return;
+    }
+  }
+#endif
+  multiply_queries<M, vectors>(problem, panel, keys, key, scores);
 
   V highest[vectors];
 #pragma GCC unroll 4
@@ -228,7 +165,7 @@ void forward_block(
 
   weigh<M, vectors>(problem, panel, first, keys, scores, alpha);
   if (panel.by_row) {
-    add_values_by_row(problem, panel, keys, value, scores, alpha, next_value);
+    add_values_by_row(problem, panel, keys, value, scores, alpha);
     return;
   }
   gemm<M, vectors>(
@@ -298,20 +235,6 @@ void stream(
             fetch_of(value_data.from(after), next, p.value_channels));
       });
     }
-  }
-}
-
-/// [steps][lanes] to [steps / 2][lanes], the steps of a pair in neighbouring lanes.
-template <class Operand>
-void pair_steps(Operand* query, int64_t steps, int64_t rows) {
-  constexpr int64_t lanes = kVectorBytes / sizeof(Operand);
-  for (int64_t step = 0; step < steps; step += 2) {
-    Operand paired[lanes] = {};
-    for (int64_t row = 0; row < rows; ++row) {
-      paired[2 * row] = query[step * lanes + row];
-      paired[2 * row + 1] = query[(step + 1) * lanes + row];
-    }
-    for (int64_t lane = 0; lane < lanes; ++lane) query[step / 2 * lanes + lane] = paired[lane];
   }
 }
 

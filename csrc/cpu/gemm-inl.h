@@ -126,11 +126,11 @@ inline void gemm_block(
   }
 }
 
-template <class M, int rows, int vectors, int fetch_lines>
+template <class M, int rows, int vectors, int fetch_lines = 0>
 __attribute__((noinline)) void gemm_rows(
     int64_t count, int64_t steps, const char* a, Strides strides, const typename M::Operand* b,
     int64_t b_step, typename M::Acc* c, int64_t c_row, Update update, const typename M::Acc* alpha,
-    const Fetch& fetch) {
+    const Fetch& fetch = {}) {
   for (int64_t i = 0; i + rows <= count; i += rows) {
     gemm_block<M, rows, vectors, fetch_lines>(
         steps, a + i * strides.row, strides, b, b_step, c + i * c_row, c_row, update, alpha,
@@ -138,23 +138,20 @@ __attribute__((noinline)) void gemm_rows(
   }
 }
 
-/// `rows` of A against `vectors` vectors of lanes; `steps` counts operands (pairs for bfloat16).
-template <class M, int vectors, int fetch_lines = 0>
-void gemm(
-    int64_t rows, int64_t steps, const void* a_data, Strides strides, const typename M::Operand* b,
-    int64_t b_step, typename M::Acc* c, int64_t c_row, Update update = Update::store,
-    const typename M::Acc* alpha = nullptr, const Fetch& fetch = {}) {
+/// gemm for one chain of products a sum.
+template <class M, int vectors>
+void gemm_chain(
+    int64_t rows, int64_t steps, const char* a, Strides strides, const typename M::Operand* b,
+    int64_t b_step, typename M::Acc* c, int64_t c_row, Update update,
+    const typename M::Acc* alpha) {
   constexpr int block = kAccumulators / vectors > 12 ? 12 : kAccumulators / vectors;
-  const char* a = static_cast<const char*>(a_data);
-  if (!alpha) alpha = c;  // not read then
   const int64_t whole = rows / block * block;
-  gemm_rows<M, block, vectors, fetch_lines>(
-      whole, steps, a, strides, b, b_step, c, c_row, update, alpha, fetch);
+  gemm_rows<M, block, vectors>(whole, steps, a, strides, b, b_step, c, c_row, update, alpha);
   a += whole * strides.row;
   c += whole * c_row;
   int64_t rest = rows - whole;
   const auto finish = [&]<int size>() {
-    gemm_rows<M, size, vectors, 0>(size, steps, a, strides, b, b_step, c, c_row, update, alpha, {});
+    gemm_rows<M, size, vectors>(size, steps, a, strides, b, b_step, c, c_row, update, alpha);
     a += size * strides.row;
     c += size * c_row;
     rest -= size;
@@ -165,17 +162,38 @@ void gemm(
   if (rest >= 1) finish.template operator()<1>();
 }
 
-/// The same for any number of lanes, a multiple of the vector's; the first lanes' product fetches.
-template <class M, int fetch_lines = 0>
+/// `rows` of A against `vectors` vectors of lanes; `steps` counts operands (pairs for bfloat16).
+/// Double, which one chooses for its precision, sums short chains: they round less.
+template <class M, int vectors>
+void gemm(
+    int64_t rows, int64_t steps, const void* a_data, Strides strides, const typename M::Operand* b,
+    int64_t b_step, typename M::Acc* c, int64_t c_row, Update update = Update::store,
+    const typename M::Acc* alpha = nullptr) {
+  constexpr int64_t double_chain = 32;
+  const char* a = static_cast<const char*>(a_data);
+  if (!alpha) alpha = c;  // not read then
+  const int64_t chain = sizeof(typename M::Acc) == 8 && steps > double_chain ? double_chain : steps;
+  gemm_chain<M, vectors>(rows, chain, a, strides, b, b_step, c, c_row, update, alpha);
+  if constexpr (sizeof(typename M::Acc) == 8) {
+    for (int64_t first = chain; first < steps; first += double_chain) {
+      const int64_t length = steps - first < double_chain ? steps - first : double_chain;
+      gemm_chain<M, vectors>(
+          rows, length, a + first * strides.step, strides, b + first * b_step, b_step, c, c_row,
+          Update::add, alpha);
+    }
+  }
+}
+
+/// The same for any number of lanes, a multiple of the vector's.
+template <class M>
 void gemm_wide(
     int64_t rows, int64_t lanes, int64_t steps, const void* a, Strides strides,
-    const typename M::Operand* b, int64_t b_step, typename M::Acc* c, int64_t c_row, Update update,
-    const Fetch& fetch = {}) {
+    const typename M::Operand* b, int64_t b_step, typename M::Acc* c, int64_t c_row,
+    Update update) {
   constexpr int vector = kLanes<typename M::Acc>;
   int64_t lane = 0;
   const auto part = [&]<int vectors>() {
-    gemm<M, vectors, fetch_lines>(
-        rows, steps, a, strides, b + lane, b_step, c + lane, c_row, update, nullptr, fetch);
+    gemm<M, vectors>(rows, steps, a, strides, b + lane, b_step, c + lane, c_row, update);
     lane += vectors * vector;
   };
   while (lanes - lane >= kPanelVectors * vector) part.template operator()<kPanelVectors>();

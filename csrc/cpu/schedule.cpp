@@ -75,26 +75,30 @@ const Caches& caches() {
   return found;
 }
 
-/// A block's weights take half the first cache beside the panel they meet; four panels with their
-/// queries and outputs a quarter of the second.
-static Tiles choose_tiles(const Problem& p, const Kernels& kernels, int64_t most_rows) {
+/// A block's weights take `weight_bytes`, about what the first cache holds; the block and the next
+/// one a quarter of the second, the panels of queries and outputs that meet it another.
+static Tiles choose_tiles(
+    const Problem& p, const Kernels& kernels, int64_t most_rows, int64_t weight_bytes) {
   const int64_t lanes = std::min(
       kernels.panel_lanes,
       divide_up(std::max<int64_t>(most_rows, 1), kernels.lanes) * kernels.lanes);
-  const int64_t key_bytes = lanes * kernels.accumulator_bytes;
+  const int64_t lane_bytes = lanes * kernels.accumulator_bytes;
+  const int64_t key_bytes = (p.channels + p.value_channels) * kernels.accumulator_bytes;
+  const int64_t most = std::min(weight_bytes / lane_bytes, caches().second / 8 / key_bytes);
   Tiles tiles{};
-  tiles.keys = std::clamp<int64_t>(caches().first / 2 / key_bytes / 24 * 24, 24, 384);
+  tiles.keys = std::clamp<int64_t>(most / 24 * 24, 24, 384);
   const int64_t most_keys = std::max(p.source[0].keys, p.source[1].keys);
   tiles.keys = std::min(tiles.keys, std::max<int64_t>(divide_up(most_keys, 2) * 2, 2));
-  const int64_t panel_bytes = (p.channels + p.value_channels) * key_bytes;
-  tiles.panels = std::clamp<int64_t>(caches().second / 4 / panel_bytes, 1, 4);
+  const int64_t panel_bytes = (p.channels + p.value_channels) * lane_bytes;
+  tiles.panels = std::clamp<int64_t>(caches().second / 4 / panel_bytes, 1, 8);
   return tiles;
 }
 
 ForwardSchedule schedule_forward(const Problem& p, const Kernels& kernels, int64_t threads) {
   ForwardSchedule schedule{};
   const auto rows_of = [&](int s) { return unit_rows(p, p.source[s], p.rows); };
-  schedule.tiles = choose_tiles(p, kernels, std::max(rows_of(0), rows_of(1)));
+  schedule.tiles =
+      choose_tiles(p, kernels, std::max(rows_of(0), rows_of(1)), caches().first * 3 / 4);
   schedule.parallel = threads > 1 && multiply_adds(p) > kSerialWork;
   // A row's partial results, with as many splits as one row could get.
   const int64_t row_bytes =
@@ -187,7 +191,7 @@ int64_t parts(
 BackwardSchedule schedule_backward(const Problem& p, const Kernels& kernels, int64_t threads) {
   BackwardSchedule schedule{};
   auto& tiles = schedule.tiles;
-  tiles = choose_tiles(p, kernels, kernels.panel_lanes);
+  tiles = choose_tiles(p, kernels, kernels.panel_lanes, caches().first / 2);
   const int64_t key_bytes = (p.channels + p.value_channels) * kernels.accumulator_bytes;
   tiles.group =
       std::clamp<int64_t>(caches().second * 3 / 8 / key_bytes / tiles.keys, 1, 16) * tiles.keys;
