@@ -7,12 +7,14 @@
 
 #include <algorithm>
 #include <array>
+#include <atomic>
 #include <bit>
 #include <cmath>
 #include <cstring>
 #include <limits>
 #include <random>
 #include <string>
+#include <thread>
 #include <vector>
 
 namespace {
@@ -364,8 +366,8 @@ class Reference {
   Results r_;
 };
 
-/// Runs the engine's items one after the other, as if on `threads` threads. A limit on heads and
-/// rows makes several waves and chunks of what would be one.
+/// Runs the engine's items on `threads` threads. `in_parts` limits heads and rows, which makes
+/// several waves and chunks of what would be one.
 class Engine {
  public:
   Engine(Inputs& in, const Kernels& kernels, int64_t threads, bool in_parts)
@@ -412,6 +414,29 @@ class Engine {
     return reinterpret_cast<void*>((at + 63) / 64 * 64);
   }
   static Array zeros(size_t count, Type type) { return Array(Doubles(count, 0.0), type); }
+
+  /// item(number, scratch) for 0 .. count - 1, each on the thread that is free first.
+  template <class Item>
+  void run(int64_t count, int64_t scratch_bytes, const Item& item) const {
+    std::atomic<int64_t> next{0};
+    const auto work = [&] {
+      auto scratch = allocate(scratch_bytes);
+      for (int64_t i; (i = next++) < count;) item(i, aligned(scratch));
+    };
+    std::vector<std::thread> others;
+    for (int64_t i = 1; i < threads_; ++i) others.emplace_back(work);
+    work();
+    for (auto& thread : others) thread.join();
+  }
+
+  /// rows(first, last, scratch) for blocks of the rows 0 .. count - 1.
+  template <class Rows>
+  void run_rows(int64_t count, int64_t scratch_bytes, const Rows& rows) const {
+    constexpr int64_t kBlock = 16;
+    run((count + kBlock - 1) / kBlock, scratch_bytes, [&](int64_t i, void* scratch) {
+      rows(i * kBlock, std::min(count, (i + 1) * kBlock), scratch);
+    });
+  }
 
   View row_view(Array& array) { return {array.bytes.data(), row_batch_.data(), c_.rows, 1, 0}; }
   View output_view(Array& array) {
@@ -496,9 +521,10 @@ class Engine {
         work.part_lse[s] = static_cast<char*>(work.part[s]) +
                            numbers * c_.value_channels * kernels_.accumulator_bytes;
       }
-      auto scratch = allocate(kernels_.forward_scratch(work));
-      for (int64_t i = 0; i < items; ++i) kernels_.forward_item(work, i, aligned(scratch));
-      kernels_.combine(work, 0, rows);
+      run(items, kernels_.forward_scratch(work),
+          [&](int64_t i, void* scratch) { kernels_.forward_item(work, i, scratch); });
+      run_rows(
+          rows, 0, [&](int64_t begin, int64_t end, void*) { kernels_.combine(work, begin, end); });
     }
   }
 
@@ -563,10 +589,14 @@ class Engine {
       work.delta[s] = aligned(deltas[s]);
       work.part[s] = aligned(parts[s]);
     }
-    kernels_.backward_prepare(work, 0, rows);
-    auto scratch = allocate(kernels_.backward_scratch(work) + c_.channels * acc);
-    for (int64_t i = 0; i < items; ++i) kernels_.backward_item(work, i, aligned(scratch));
-    kernels_.backward_reduce(work, 0, rows, aligned(scratch));
+    run_rows(rows, 0, [&](int64_t begin, int64_t end, void*) {
+      kernels_.backward_prepare(work, begin, end);
+    });
+    run(items, kernels_.backward_scratch(work),
+        [&](int64_t i, void* scratch) { kernels_.backward_item(work, i, scratch); });
+    run_rows(rows, c_.channels * acc, [&](int64_t begin, int64_t end, void* scratch) {
+      kernels_.backward_reduce(work, begin, end, scratch);
+    });
   }
 
   void mix_gradient(const BackwardWork& done) {
@@ -581,8 +611,8 @@ class Engine {
     work.batch_groups = work.row_groups = 1;
     work.head_groups = c_.heads();
     work.row_mix = done.row_mix;
-    double sum[1];
-    for (int64_t i = 0; i < c_.heads(); ++i) kernels_.mix_gradient_item(work, i, sum);
+    run(c_.heads(), sizeof(double),
+        [&](int64_t i, void* sum) { kernels_.mix_gradient_item(work, i, sum); });
   }
 
   void mask_gradient(const BackwardSchedule& schedule, BackwardWork all, int s) {
@@ -610,9 +640,8 @@ class Engine {
     work.row_groups = c_.rows;
     work.key_groups = in_.width(s);
     work.delta = all.delta[s];
-    auto scratch = allocate(kernels_.mask_gradient_scratch(work));
-    const int64_t items = kernels_.mask_gradient_items(work);
-    for (int64_t i = 0; i < items; ++i) kernels_.mask_gradient_item(work, i, aligned(scratch));
+    run(kernels_.mask_gradient_items(work), kernels_.mask_gradient_scratch(work),
+        [&](int64_t i, void* scratch) { kernels_.mask_gradient_item(work, i, scratch); });
   }
 
   Inputs& in_;
