@@ -129,7 +129,8 @@ template <class M, int vectors>
 void forward_block(
     const Problem& problem, ForwardPanel<M>& panel, const Bias<typename M::Acc>& bias,
     int64_t first, int64_t keys, const Broadcast& key, const Broadcast& value,
-    typename M::Acc* scores, const Fetch& next_key, const Fetch& next_value) {
+    typename M::Acc* scores, [[maybe_unused]] const Fetch& next_key,
+    [[maybe_unused]] const Fetch& next_value) {
   using Acc = typename M::Acc;
   using V = Vector<Acc>;
   constexpr int lanes = kLanes<Acc>, width = vectors * lanes;

@@ -1,7 +1,7 @@
 #pragma once
 // The backward of rows that each name their keys. Keys' gradients are scattered without races: an
 // item owns a range of slots, walks every row in order, and does what falls into its range.
-#include "cpu/backward-inl.h"
+#include "cpu/broadcast-gradients-inl.h"
 #include "cpu/rows-inl.h"
 
 namespace mixhead::cpu {

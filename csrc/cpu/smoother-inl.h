@@ -1,6 +1,6 @@
 #pragma once
 // The streaming algorithm, written once: the table of kernels for the instruction set at hand.
-#include "cpu/backward-inl.h"
+#include "cpu/broadcast-gradients-inl.h"
 #include "cpu/rows-backward-inl.h"
 
 namespace mixhead::cpu {

@@ -1,0 +1,72 @@
+#pragma once
+// Rows of numbers to columns, a square of vectors at a time.
+#include "cpu/vector-inl.h"
+
+namespace mixhead::cpu {
+namespace {
+
+/// Swaps the off-diagonal squares of `half` x `half` numbers in each square twice as large: what a
+/// transposition does at one level.
+template <class T, int half, int... lane>
+inline __attribute__((always_inline)) void swap_squares(Vector<T>* rows) {
+  using Index = Vector<typename Bits<T>::Signed>;
+  constexpr int lanes = kLanes<T>;
+  const Index upper = {(lane & half ? lanes + lane - half : lane)...};
+  const Index lower = {(lane & half ? lanes + lane : lane + half)...};
+#pragma GCC unroll 16
+  for (int i = 0; i < lanes; ++i) {
+    if (i & half) continue;
+    const auto first = rows[i], second = rows[i + half];
+    rows[i] = __builtin_shuffle(first, second, upper);
+    rows[i + half] = __builtin_shuffle(first, second, lower);
+  }
+}
+
+template <class T, int... lane>
+inline __attribute__((always_inline)) void transpose_square(Vector<T>* rows) {
+  if constexpr (kLanes<T> > 8) swap_squares<T, 8, lane...>(rows);
+  if constexpr (kLanes<T> > 4) swap_squares<T, 4, lane...>(rows);
+  if constexpr (kLanes<T> > 2) swap_squares<T, 2, lane...>(rows);
+  swap_squares<T, 1, lane...>(rows);
+}
+
+inline __attribute__((always_inline)) void transpose_square(Vector<float>* rows) {
+  if constexpr (kLanes<float> == 16) {
+    transpose_square<float, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15>(rows);
+  } else if constexpr (kLanes<float> == 8) {
+    transpose_square<float, 0, 1, 2, 3, 4, 5, 6, 7>(rows);
+  } else {
+    transpose_square<float, 0, 1, 2, 3>(rows);
+  }
+}
+inline __attribute__((always_inline)) void transpose_square(Vector<double>* rows) {
+  if constexpr (kLanes<double> == 8) {
+    transpose_square<double, 0, 1, 2, 3, 4, 5, 6, 7>(rows);
+  } else if constexpr (kLanes<double> == 4) {
+    transpose_square<double, 0, 1, 2, 3>(rows);
+  } else {
+    transpose_square<double, 0, 1>(rows);
+  }
+}
+
+/// to[column][row] = from[row][column]; rows and `wide` are whole vectors, columns from `columns`
+/// on are not written.
+template <class T>
+void transpose(const T* from, int64_t rows, int64_t wide, int64_t columns, T* to) {
+  constexpr int lanes = kLanes<T>;
+  for (int64_t row = 0; row < rows; row += lanes) {
+    for (int64_t column = 0; column < columns; column += lanes) {
+      Vector<T> square[lanes];
+#pragma GCC unroll 16
+      for (int i = 0; i < lanes; ++i) square[i] = load<T>(from + (row + i) * wide + column);
+      transpose_square(square);
+#pragma GCC unroll 16
+      for (int i = 0; i < lanes; ++i) {
+        if (column + i < columns) store(to + (column + i) * rows + row, square[i]);
+      }
+    }
+  }
+}
+
+}  // namespace
+}  // namespace mixhead::cpu
