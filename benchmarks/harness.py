@@ -12,6 +12,9 @@ from dataclasses import asdict, dataclass, field
 
 import torch
 
+# What the measuring time of every comparison is multiplied with.
+time_scale = 1.0
+
 
 @dataclass
 class Result:
@@ -51,7 +54,7 @@ def interleaved(
         start = time.perf_counter()
         function()
         once.append(time.perf_counter() - start)
-    count = int(min(max(seconds / sum(once), repeats[0]), repeats[1]))
+    count = int(min(max(time_scale * seconds / sum(once), repeats[0]), repeats[1]))
     times: list[list[float]] = [[] for _ in functions]
     for _ in range(count):
         for function, found in zip(functions, times, strict=True):
