@@ -1,5 +1,7 @@
 """Attention heads that mix self-attention with attention over an external memory."""
 
+import importlib
+
 from mixhead import _library, distributed
 from mixhead._version import __version__
 from mixhead.functional import (
@@ -31,3 +33,24 @@ __all__ = [
     "recommended_parameter_groups",
     "topk_keys",
 ]
+
+# What needs more than torch is imported when first asked for.
+_OPTIONAL = {
+    "KernelRegressor": ("mixhead.regression", "KernelRegressor", "'scikit-learn>=1.6'"),
+    "plot": ("mixhead.plot", None, "matplotlib"),
+}
+
+
+def __getattr__(name):
+    if name not in _OPTIONAL:
+        raise AttributeError(f"module 'mixhead' has no attribute {name!r}")
+    module, attribute, package = _OPTIONAL[name]
+    try:
+        found = importlib.import_module(module)
+    except ImportError as error:
+        raise ImportError(f"mixhead.{name} needs {package}: pip install {package}") from error
+    return getattr(found, attribute) if attribute else found
+
+
+def __dir__():
+    return sorted({*globals(), *_OPTIONAL})
