@@ -14,11 +14,12 @@ from pathlib import Path
 import growth
 import harness
 import mixed_attention
+import regression
 import torch
 from harness import Ceilings, Result
 from tqdm import tqdm
 
-GROUPS = mixed_attention.GROUPS | growth.GROUPS
+GROUPS = mixed_attention.GROUPS | growth.GROUPS | regression.GROUPS
 
 
 def processor() -> str:
