@@ -11,26 +11,28 @@ import torch
 from torch import Tensor
 
 from mixhead.regression.criteria import aicc, deviations, loo_error, silverman
-from mixhead.regression.smoother import Sample, Smoother
+from mixhead.regression.smoother import Smoother
 
 #: Kernels of bounded support: a point that enters the window makes a kink or a jump in a criterion.
 _COMPACT = ("epanechnikov", "tricube", "boxcar")
 #: With more than four times as many points, the search begins with the criterion's estimate from
 #: this many of them.
 _SAMPLE = 256
+#: So many bandwidths of the grid are judged at once.
+_BATCH = 32
 #: What the minimiser is told where a criterion has no finite value.
 _STEEP = 1e6
 
 
 def search(
-    smoother: Smoother, criterion: str, restarts: int, report: Callable[[float, Tensor], None]
+    smoother: Smoother, criterion: str, restarts: int, report: Callable[[Tensor, Tensor], None]
 ) -> Tensor:
     """The bandwidths of the columns that minimise ``"loo"`` or ``"aicc"``.
 
     A grid of multiples of Silverman's bandwidths finds the valleys, L-BFGS-B on log h their
     lowest points. Columns must vary. Several targets count alike, whatever their units; where
-    all are constant any bandwidth fits, and Silverman's is taken. ``report`` is told each value
-    found and its bandwidth.
+    all are constant any bandwidth fits, and Silverman's is taken. ``report`` is told values
+    ``(...)`` found and their bandwidths ``(..., D)``.
 
     Raises:
         ValueError: no bandwidth has a value, as with AICc and too few points.
@@ -46,8 +48,8 @@ def search(
 def _log_range(smoother: Smoother) -> tuple[Tensor, Tensor, Tensor]:
     """Logarithms of Silverman's bandwidths and of the narrowest and widest to consider ``(D,)``.
 
-    From a tenth of the typical distance of neighbours, where a fit is its nearest point, to a
-    hundred times the extent of the data, where it is flat (or of degree 1 a plane).
+    From a tenth of the typical distance of neighbours, where a fit is its nearest point, to ten
+    times the extent of the data, where it is flat (or of degree 1 a plane).
     """
     if smoother.kernel == "cosine":  # its bandwidth has no unit
         base = torch.ones(1, dtype=torch.float64)
@@ -55,7 +57,7 @@ def _log_range(smoother: Smoother) -> tuple[Tensor, Tensor, Tensor]:
     points = smoother.points
     spacing = deviations(smoother) * smoother.total_weight ** (-1.0 / points.shape[1])
     extent = points.amax(0) - points.amin(0)
-    return silverman(smoother).log(), (0.1 * spacing).log(), (100.0 * extent).log()
+    return silverman(smoother).log(), (0.1 * spacing).log(), (10.0 * extent).log()
 
 
 class _Minimum(NamedTuple):
@@ -66,7 +68,7 @@ class _Minimum(NamedTuple):
 
 class _Search:
     def __init__(
-        self, smoother: Smoother, criterion: str, report: Callable[[float, Tensor], None]
+        self, smoother: Smoother, criterion: str, report: Callable[[Tensor, Tensor], None]
     ) -> None:
         self.smoother, self.criterion, self.report = smoother, criterion, report
         self.scale = smoother.mean_of((smoother.values - smoother.mean_of(smoother.values)) ** 2)
@@ -79,7 +81,7 @@ class _Search:
         sample = None
         if count > 4 * _SAMPLE:
             order = np.random.default_rng(0).permutation(count)
-            sample = self.smoother.sample(torch.from_numpy(order[:_SAMPLE].copy()))
+            sample = torch.from_numpy(order[:_SAMPLE].copy())
         found = [self._descend(start, sample) for start in self._starts(restarts, sample)]
         best = min(found, key=lambda minimum: minimum.value)
         if sample is not None:
@@ -91,25 +93,26 @@ class _Search:
             )
         return best.place.exp()
 
-    def value(self, log_bandwidth: Tensor, sample: Sample | None) -> Tensor:
-        """The criterion, free of the targets' units: a scalar."""
+    def value(self, log_bandwidth: Tensor, sample: Tensor | None) -> Tensor:
+        """The criterion (...), free of the targets' units, of ``log_bandwidth (..., D)``."""
         bandwidth = log_bandwidth.exp()
         if self.criterion == "aicc":
-            value = (aicc(self.smoother, bandwidth, sample) - self.scale.log()).mean()
+            value = (aicc(self.smoother, bandwidth, sample) - self.scale.log()).mean(-1)
         else:
-            value = (loo_error(self.smoother, bandwidth, sample) / self.scale).mean()
-        self.report(float(value.detach()), bandwidth.detach())
+            value = (loo_error(self.smoother, bandwidth, sample) / self.scale).mean(-1)
+        self.report(value.detach(), bandwidth.detach())
         return value
 
-    def _starts(self, restarts: int, sample: Sample | None) -> list[Tensor]:
+    def _starts(self, restarts: int, sample: Tensor | None) -> list[Tensor]:
         """The lowest valleys of the grid; where they are few, beside the lowest some with columns
         of different widths."""
         low, high = (self.low - self.log_base).min(), (self.high - self.log_base).max()
-        shifts = np.arange(float(low), float(high) + self.step, self.step)
-        grid = [self.clip(self.log_base + shift) for shift in shifts]
+        shifts = torch.arange(float(low), float(high) + self.step, self.step, dtype=torch.float64)
+        grid = self.clip(self.log_base + shifts.unsqueeze(-1))
         with torch.no_grad():
-            values = np.array([float(self.value(place, sample)) for place in grid])
-        starts = [grid[index] for index in _valleys(values)]
+            # All of one batch are smoothed by one call of the operator.
+            values = torch.cat([self.value(batch, sample) for batch in grid.split(_BATCH)])
+        starts = list(grid[_valleys(values.numpy())])
         if len(self.log_base) > 1:
             offsets = np.random.default_rng(0).normal(size=(restarts, len(self.log_base)))
             starts += [self.clip(starts[0] + torch.from_numpy(row)) for row in offsets]
@@ -118,7 +121,7 @@ class _Search:
     def clip(self, log_bandwidth: Tensor) -> Tensor:
         return torch.minimum(torch.maximum(log_bandwidth, self.low), self.high)
 
-    def _descend(self, start: Tensor, sample: Sample | None) -> _Minimum:
+    def _descend(self, start: Tensor, sample: Tensor | None) -> _Minimum:
         """The lowest value near a start, from the grid's step as the unit of length."""
         objective = _Objective(self, sample)
         bounds = torch.stack([self.low - start, self.high - start], -1).numpy() / self.step
@@ -136,7 +139,7 @@ class _Search:
             return objective.best
         found = scipy.optimize.minimize(
             shifted, np.zeros(count), jac=True, method="L-BFGS-B", bounds=bounds,
-            options={"maxiter": 100, "ftol": 1e-13, "gtol": 1e-7},
+            options={"maxiter": 100, "ftol": 1e-13, "gtol": 1e-7 if sample is None else 1e-5},
         )  # fmt: skip
         return objective.best._replace(axes=self.step * _root(found.hess_inv.todense()))
 
@@ -153,9 +156,11 @@ class _Search:
             value, gradient = objective(origin + axes @ shift)
             return value, axes.T @ gradient
 
+        # A step of the gradient's length leads to the minimum: by then less than 0.05 % of h.
+        tolerance = 5e-4 / np.linalg.norm(axes, 2)
         scipy.optimize.minimize(
             along_axes, np.zeros(len(origin)), jac=True, method="BFGS",
-            options={"gtol": 1e-5, "maxiter": 100},
+            options={"gtol": tolerance, "maxiter": 100},
         )  # fmt: skip
         return objective.best
 
@@ -184,7 +189,7 @@ class _Objective:
     Outside the range criteria are flat: such a place stands for the nearest within.
     """
 
-    def __init__(self, search: _Search, sample: Sample | None) -> None:
+    def __init__(self, search: _Search, sample: Tensor | None) -> None:
         self.search, self.sample = search, sample
         self.best = _Minimum(math.inf, (search.low + search.high) / 2, None)
 

@@ -3,32 +3,31 @@
 import torch
 from torch import Tensor
 
-from mixhead.regression.smoother import Sample, Smoother
+from mixhead.regression.smoother import Smoother
 
 
-def loo_error(smoother: Smoother, bandwidth: Tensor, sample: Sample | None = None) -> Tensor:
-    r"""Mean squared leave-one-out error ``(T,)``, or its estimate from a sample.
+def loo_error(smoother: Smoother, bandwidth: Tensor, sample: Tensor | None = None) -> Tensor:
+    r"""Mean squared leave-one-out error ``(..., T)`` at ``bandwidth (..., D)``.
 
-    :math:`\frac1n \sum_i (y_i - \hat m_{-i}(x_i))^2`.
+    :math:`\frac1n \sum_i (y_i - \hat m_{-i}(x_i))^2`, or its estimate from a sample.
     """
     error = smoother.values_of(sample) - smoother.left_out(bandwidth, sample)
     return smoother.mean_of(error.square(), sample)
 
 
-def aicc(smoother: Smoother, bandwidth: Tensor, sample: Sample | None = None) -> Tensor:
-    r"""The corrected AIC of Hurvich, Simonoff and Tsai (1998) ``(T,)``; inf where it has none.
+def aicc(smoother: Smoother, bandwidth: Tensor, sample: Tensor | None = None) -> Tensor:
+    r"""The corrected AIC of Hurvich, Simonoff and Tsai (1998) ``(..., T)``; inf where none.
 
     :math:`\log \hat\sigma^2 + 1 + 2 (\operatorname{tr} H + 1) / (n - \operatorname{tr} H - 2)`
     with :math:`\hat\sigma^2 = \frac1n \sum_i (y_i - \hat m(x_i))^2`, as in R's np and statsmodels;
     or its estimate from a sample.
     """
     fitted, leverage = smoother.at_points(bandwidth, sample)
-    trace = smoother.total_weight * smoother.mean_of(leverage.unsqueeze(-1), sample).squeeze()
+    trace = smoother.total_weight * smoother.mean_of(leverage.unsqueeze(-1), sample)
     rest = smoother.total_weight - trace - 2.0
-    if rest <= 0:
-        return torch.full_like(fitted[0], torch.inf)
     variance = smoother.mean_of((smoother.values_of(sample) - fitted).square(), sample)
-    return variance.log() + 1.0 + 2.0 * (trace + 1.0) / rest
+    value = variance.log() + 1.0 + 2.0 * (trace + 1.0) / rest
+    return torch.where(rest > 0.0, value, torch.inf)
 
 
 def deviations(smoother: Smoother) -> Tensor:

@@ -332,9 +332,9 @@ def _derivative(smoother: Smoother, query: Tensor, bandwidth: Tensor) -> Tensor:
 
 @contextlib.contextmanager
 def _progress(verbose: bool, title: str):
-    """Gives what is to be called with each value found and its bandwidth."""
+    """Gives what is to be called with values found (...) and their bandwidths (..., D)."""
     if not verbose:
-        yield lambda value, bandwidth: None
+        yield lambda values, bandwidths: None
         return
     try:
         from tqdm.auto import tqdm
@@ -343,12 +343,15 @@ def _progress(verbose: bool, title: str):
     best = np.inf
     with tqdm(desc=title, unit=" evaluations") as bar:
 
-        def report(value, bandwidth):
+        def report(values, bandwidths):
             nonlocal best
-            bar.update()
+            bar.update(values.numel())
+            lowest = values.flatten().argmin()
+            value = float(values.flatten()[lowest])
             if value < best:
                 best = value
-                shown = ", ".join(f"{each:.4g}" for each in bandwidth.tolist()[:4])
+                found = bandwidths.flatten(0, -2)[lowest] if bandwidths.dim() > 1 else bandwidths
+                shown = ", ".join(f"{each:.4g}" for each in found.tolist()[:4])
                 bar.set_postfix_str(f"{value:.6g} at {shown}")
 
         yield report

@@ -8,9 +8,15 @@ from torch import Tensor
 
 from mixhead.functional import kernel_attention, local_linear_attention
 
+#: A sampled point that has all but this share of its window's weight is without neighbours.
+_ALONE = 1e-9
+
 
 class Fit(NamedTuple):
-    """At each of ``L`` queries; ``leverage`` is the weight of one unit of data put at the query."""
+    """At each of ``L`` queries; ``leverage`` is the weight of one unit of data put at the query.
+
+    For ``G`` bandwidths at once all have a leading dimension ``G``.
+    """
 
     mean: Tensor  # (L, T)
     leverage: Tensor  # (L,)
@@ -18,19 +24,13 @@ class Fit(NamedTuple):
     slope: Tensor | None  # (L, D, T), of degree 1
 
 
-class Sample(NamedTuple):
-    """Some of the points, from which a criterion is estimated."""
-
-    rows: Tensor  # (M,)
-    mask: Tensor  # (M, N): the log-weights of all points where one unit of each row is left out
-
-
 @dataclass
 class Smoother:
     """Training data, all float64, and the kernel that smooths it.
 
     ``points (N, D)``, ``values (N, T)``, ``weights (N,)`` or None for ones. A weight counts
-    observations: weight 2 is the row twice. A bandwidth is ``(D,)``, or ``(1,)`` for ``cosine``.
+    observations: weight 2 is the row twice. A bandwidth is ``(D,)``, or ``(1,)`` for ``cosine``;
+    where it is ``(G, D)`` all results of `at`, `at_points` and `left_out` have ``G`` in front.
     """
 
     points: Tensor
@@ -43,65 +43,68 @@ class Smoother:
     def total_weight(self) -> float:
         return len(self.points) if self.weights is None else float(self.weights.sum())
 
-    def sample(self, rows: Tensor) -> Sample:
-        here = torch.arange(len(rows))
-        if self.weights is None:
-            mask = torch.ones(len(rows), len(self.points), dtype=torch.bool)
-            mask[here, rows] = False
-        else:
-            mask = self.weights.log().repeat(len(rows), 1)
-            mask[here, rows] = (self.weights[rows] - 1.0).clamp(min=0.0).log()
-        return Sample(rows, mask)
+    def values_of(self, sample: Tensor | None) -> Tensor:
+        return self.values if sample is None else self.values[sample]
 
-    def values_of(self, sample: Sample | None) -> Tensor:
-        return self.values if sample is None else self.values[sample.rows]
-
-    def mean_of(self, each: Tensor, sample: Sample | None = None) -> Tensor:
-        """The weighted mean of ``(N, T)`` over the points, or of ``(M, T)`` over a sample."""
+    def mean_of(self, each: Tensor, sample: Tensor | None = None) -> Tensor:
+        """The weighted mean of ``(..., N, T)`` over the points, or ``(..., M, T)`` of a sample."""
         if self.weights is None:
-            return each.mean(0)
-        weights = self.weights if sample is None else self.weights[sample.rows]
+            return each.mean(-2)
+        weights = self.weights if sample is None else self.weights[sample]
         return weights @ each / weights.sum()
 
-    def at(self, query: Tensor, bandwidth: Tensor) -> Fit:
-        """The fit at ``query (L, D)``."""
-        return self._apply(query[None], self.points[None], self.values[None], bandwidth)
+    def at(self, query: Tensor, bandwidth: Tensor, exclude_self: bool = False) -> Fit:
+        """The fit at ``query (L, D)``, by all points or for query ``i`` by all but point ``i``."""
+        return self._apply(
+            query[None], self.points[None], self.values[None], bandwidth, exclude_self
+        )
 
-    def at_points(self, bandwidth: Tensor, sample: Sample | None = None) -> tuple[Tensor, Tensor]:
+    def at_points(self, bandwidth: Tensor, sample: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Fitted values ``(N, T)`` and the weight ``(N,)`` of an observation in its own.
 
         Summed over the observations these weights are the trace of the hat matrix. Both may be of
-        a sample alone.
+        a sample alone, the indices ``(M,)`` of some points.
         """
-        fit = self.at(self.points if sample is None else self.points[sample.rows], bandwidth)
+        fit = self.at(self.points if sample is None else self.points[sample], bandwidth)
         return fit.mean, fit.leverage
 
-    def left_out(self, bandwidth: Tensor, sample: Sample | None = None) -> Tensor:
+    def left_out(self, bandwidth: Tensor, sample: Tensor | None = None) -> Tensor:
         """What the fit without an observation says of it: ``(N, T)``, or ``(M, T)`` of a sample.
 
         One unit of weight is left out, or all of it where there is less. A point that leaves an
         empty window behind is predicted by the mean of the others.
         """
-        every, values = self.points[None], self.values[None]
-        if sample is None:
-            fit = self._apply(every, every, values, bandwidth, exclude_self=True)
-        else:
-            query = every[:, sample.rows]
-            fit = self._apply(query, every, values, bandwidth, mask=sample.mask)
-        unit = 1.0 if self.weights is None else self.weights.clamp(max=1.0).unsqueeze(-1)
-        total = self.total_weight
-        others = (total * self.mean_of(self.values) - unit * self.values) / (total - unit)
-        others = others if sample is None else others[sample.rows]
-        predicted = torch.where(fit.log_mass.isneginf().unsqueeze(-1), others, fit.mean)
-        if sample is not None or self.weights is None:
+        if sample is not None:
+            return self._downdated(bandwidth, sample)
+        fit = self.at(self.points, bandwidth, exclude_self=True)
+        predicted, empty = fit.mean, fit.log_mass.isneginf().unsqueeze(-1)
+        if empty.any():
+            predicted = torch.where(empty, self._mean_of_others(), predicted)
+        if self.weights is None:
             return predicted
-        # The rest of a point of more than one unit still takes part. With l its weight in its own
-        # fit m, a linear smoother of weights that sum to 1 is (m - l y) / (1 - l) without a unit.
-        heavy = (self.weights > 1.0).nonzero().squeeze(-1)
-        fit = self.at(self.points[heavy], bandwidth)
+        heavy = (self.weights > 1.0).nonzero().squeeze(-1)  # what is left of these takes part
+        return predicted.index_copy(-2, heavy, self._downdated(bandwidth, heavy))
+
+    def _downdated(self, bandwidth: Tensor, rows: Tensor) -> Tensor:
+        """`left_out` at some points, from the fit by all: with l the weight of a point in its own
+        fit m, a linear smoother of weights that sum to 1 is (m - l y) / (1 - l) without it."""
+        fit = self.at(self.points[rows], bandwidth)
         own = fit.leverage.unsqueeze(-1)
-        rest = (fit.mean - own * self.values[heavy]) / (1.0 - own)
-        return predicted.index_copy(0, heavy, rest)
+        if self.weights is not None:
+            own = own * self._unit()[rows]
+        alone = own > 1.0 - _ALONE
+        rest = (fit.mean - own * self.values[rows]) / (1.0 - own).masked_fill(alone, 1.0)
+        return torch.where(alone, self._mean_of_others()[rows], rest) if alone.any() else rest
+
+    def _unit(self) -> Tensor:
+        """The weight ``(N, 1)`` of each point that is left out as one observation."""
+        return self.weights.clamp(max=1.0).unsqueeze(-1)
+
+    def _mean_of_others(self) -> Tensor:
+        """The mean ``(N, T)`` of all values but one observation of each."""
+        unit = 1.0 if self.weights is None else self._unit()
+        total = self.total_weight
+        return (total * self.mean_of(self.values) - unit * self.values) / (total - unit)
 
     def equivalent_kernel(self, query: Tensor, bandwidth: Tensor) -> Tensor:
         """The weights ``(L, N)`` with which each prediction adds up the values.
@@ -123,27 +126,31 @@ class Smoother:
         value: Tensor,
         bandwidth: Tensor,
         exclude_self: bool = False,
-        mask: Tensor | None = None,
     ) -> Fit:
-        bandwidth = bandwidth if self.kernel == "cosine" else bandwidth.unsqueeze(0)
-        if mask is None and self.weights is not None:
-            mask = self.weights.log()
+        several = bandwidth.dim() == 2
+        heads = bandwidth if several else bandwidth.unsqueeze(0)
+        if several:
+            query, key, value = (each.expand(len(heads), -1, -1) for each in (query, key, value))
+        mask = None if self.weights is None else self.weights.log()
         options = {"attn_mask": mask, "exclude_self": exclude_self}
+        arguments = (query, key, value, heads[:, 0] if self.kernel == "cosine" else heads)
         if self.degree == 1:
             mean, slope, leverage, log_mass = local_linear_attention(
-                query, key, value, bandwidth, self.kernel, **options
+                *arguments, self.kernel, **options
             )
-            return Fit(mean.squeeze(0), leverage.squeeze(0), log_mass.squeeze(0), slope.squeeze(0))
-        mean, log_mass = kernel_attention(
-            query, key, value, bandwidth, self.kernel, return_mass=True, **options
-        )
-        leverage = (self._log_kernel_at_zero(query, bandwidth) - log_mass).exp()
-        return Fit(mean.squeeze(0), leverage.squeeze(0), log_mass.squeeze(0), None)
+        else:
+            slope = None
+            mean, log_mass = kernel_attention(*arguments, self.kernel, return_mass=True, **options)
+            leverage = (self._log_kernel_at_zero(query, heads) - log_mass).exp()
+        if several:
+            return Fit(mean, leverage, log_mass, slope)
+        slope = slope if slope is None else slope.squeeze(0)
+        return Fit(mean.squeeze(0), leverage.squeeze(0), log_mass.squeeze(0), slope)
 
     def _log_kernel_at_zero(self, query: Tensor, bandwidth: Tensor) -> Tensor:
         """log K(q, q), which is 0 for every kernel of a distance."""
         if self.kernel == "dot":
-            return (query / bandwidth).square().sum(-1)
+            return (query / bandwidth.unsqueeze(-2)).square().sum(-1)
         if self.kernel == "cosine":
             return query.ne(0).any(-1) / bandwidth.square()
         return query.new_zeros(())
