@@ -277,7 +277,8 @@ std::vector<Tensor> double_backward(
       incoming.push_back(part.detach().requires_grad_());
     }
     for (size_t i = 0; i < inputs.size(); ++i) {
-      if (!all[i] || !partners[i].defined()) continue;
+      // the gradient that nobody asked for is an empty tensor
+      if (!all[i] || !partners[i].defined() || partners[i].numel() == 0) continue;
       paired[i] =
           slice({partners[i], problem.operands[i].axes}, problem, chunk).to(problem.accumulate);
     }

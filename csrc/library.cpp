@@ -90,4 +90,24 @@ TORCH_LIBRARY(mixhead, m) {
       "_topk_keys_backward(Tensor grad_scores, Tensor query, Tensor key, Tensor? mask, "
       "str metric, Tensor indices, bool[3] output_mask) -> (Tensor, Tensor, Tensor)",
       {at::Tag::pt2_compliant_tag});
+
+  m.def(
+      "matching_attention(Tensor query, Tensor key, Tensor value, Tensor? bandwidth, "
+      "str[] kernel, *, Tensor? row_mass=None, Tensor? column_mass=None, Tensor? dustbin=None, "
+      "int iterations=50, float tolerance=1e-6) "
+      "-> (Tensor output, Tensor row_potential, Tensor column_potential)",
+      {at::Tag::pt2_compliant_tag});
+  // The column potentials after Sinkhorn's iterations, and the linear system of their derivative;
+  // matching_attention is these and calls of kernel_attention. Each side ends with its dustbin
+  // where there is one.
+  m.def(
+      "_matching_attention_sinkhorn(Tensor query, Tensor key, Tensor? bandwidth, str[] kernel, "
+      "Tensor? dustbin, Tensor log_row_mass, Tensor log_column_mass, int iterations, "
+      "float tolerance) -> Tensor",
+      {at::Tag::pt2_compliant_tag});
+  m.def(
+      "_matching_attention_solve(Tensor query, Tensor key, Tensor? bandwidth, str[] kernel, "
+      "Tensor? dustbin, Tensor row_potential, Tensor column_potential, Tensor right_side) "
+      "-> Tensor",
+      {at::Tag::pt2_compliant_tag});
 }

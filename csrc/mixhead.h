@@ -5,6 +5,7 @@
 /// faster.
 #include "kernel_attention/op.h"
 #include "local_linear_attention/op.h"
+#include "matching_attention/op.h"
 #include "merge_attention/op.h"
 #include "mixed_attention/op.h"
 #include "nn.h"

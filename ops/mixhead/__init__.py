@@ -7,11 +7,12 @@ from mixhead._version import __version__
 from mixhead.functional import (
     kernel_attention,
     local_linear_attention,
+    matching_attention,
     merge_attention,
     mixed_attention,
     topk_keys,
 )
-from mixhead.layers import MixedMultiheadAttention
+from mixhead.layers import MixedMultiheadAttention, SoftAssignment
 from mixhead.memory import MemoryBank
 from mixhead.optim import recommended_parameter_groups
 
@@ -23,11 +24,13 @@ cmake_prefix_path = str(_library.prefix())
 __all__ = [
     "MemoryBank",
     "MixedMultiheadAttention",
+    "SoftAssignment",
     "__version__",
     "cmake_prefix_path",
     "distributed",
     "kernel_attention",
     "local_linear_attention",
+    "matching_attention",
     "merge_attention",
     "mixed_attention",
     "recommended_parameter_groups",
@@ -37,6 +40,7 @@ __all__ = [
 # What needs more than torch is imported when first asked for.
 _OPTIONAL = {
     "KernelRegressor": ("mixhead.regression", "KernelRegressor", "'scikit-learn>=1.6'"),
+    "assignment": ("mixhead.matching", "assignment", "scipy"),
     "plot": ("mixhead.plot", None, "matplotlib"),
 }
 

@@ -511,3 +511,86 @@ def topk_keys(
         torch.Size([2, 8, 128, 32])
     """
     return torch.ops.mixhead.topk_keys(query, key, k, mask=mask, metric=metric)
+
+
+def matching_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bandwidth: Tensor | None = None,
+    kernel: str | list[str] = "gaussian",
+    *,
+    row_mass: Tensor | None = None,
+    column_mass: Tensor | None = None,
+    dustbin: Tensor | None = None,
+    iterations: int = 50,
+    tolerance: float = 1e-6,
+) -> tuple[Tensor, Tensor, Tensor]:
+    r"""Attention by entropic optimal transport: a soft matching of queries to keys.
+
+    The plan, whose cost is minus the log of the kernel of :func:`kernel_attention`,
+
+    .. math::
+        P_{ij} = \exp(f_i + \log K(q_i, k_j) + g_j), \qquad
+        \text{output}_i = \frac{1}{a_i} \sum_j P_{ij} v_j,
+
+    has the row sums ``row_mass`` :math:`a` and the column sums ``column_mass`` :math:`b`. Its
+    potentials are found by Sinkhorn's iterations in the log domain (Cuturi, "Sinkhorn Distances",
+    2013; Peyré & Cuturi, "Computational Optimal Transport", 2019, section 4.4). An iteration moves
+    the rows, then the columns; the rows have the last word, so each row's output is a weighted mean
+    of the values. With ``iterations=0`` it is the row softmax of :func:`kernel_attention`.
+
+    With a ``dustbin`` (Sarlin et al., "SuperGlue", 2020) there is one row and one column more,
+    whose log-kernel with everything is that score: points may stay unmatched. The dustbin's row
+    holds the total of the columns, its column the total of the rows, and its value is 0.
+
+    The plan is never stored: memory use is linear in ``L`` and ``S``. Gradients are those of the
+    converged plan, by the implicit function theorem (conjugate gradients on products with the
+    plan); where the iterations ended before convergence they are close to it, not exact.
+
+    Letters: ``B`` batch (any number of leading dimensions, none included), ``Hq`` heads, ``L``
+    queries, ``S`` keys, ``D`` head size, ``Dv`` value head size.
+
+    Args:
+        query: ``(B, Hq, L, D)``.
+        key: ``(B, Hq, S, D)``, or ``(Hq, S, D)``: one set of points shared by the batch.
+        value: ``(B, Hq, S, Dv)`` or ``(Hq, S, Dv)``, as ``key``.
+        bandwidth: as in :func:`kernel_attention`; with kernel ``gaussian`` its square is the weight
+            of the entropy.
+        kernel: one name, or one for each head.
+        row_mass: not negative, broadcasts to ``(B, Hq, L)``. None means 1 each.
+        column_mass: not negative, broadcasts to ``(B, Hq, S)``; scaled to the total of the rows,
+            so that its proportions count. None means ``L / S`` each. With a dustbin the masses
+            count as they are, and None means 1 each.
+        dustbin: score of leaving a point unmatched, ``()`` or ``(Hq,)``.
+        iterations: Sinkhorn iterations at most.
+        tolerance: ends the iterations once no column misses its mass by more than this share.
+
+    Returns:
+        The output ``(B, Hq, L, Dv)``, the row potentials :math:`f` ``(B, Hq, L)`` and the column
+        potentials :math:`g` ``(B, Hq, S)``, in float32 (float64 for float64); -inf for a point
+        without mass or without a partner. The column potentials, the dustbin's among them, sum
+        to 0. All are differentiable, twice.
+
+    Raises:
+        RuntimeError: an argument has the wrong shape, dtype, device or value. The message names the
+            argument, what was expected and what came.
+
+    Example:
+        >>> jobs, candidates = torch.randn(1, 64, 8), torch.randn(1, 64, 8)
+        >>> output, f, g = mixhead.matching_attention(jobs, candidates, candidates, iterations=500)
+        >>> cost = torch.cdist(jobs, candidates).square() / 2 / 8**0.5
+        >>> plan = (f.unsqueeze(-1) - cost + g.unsqueeze(-2)).exp()
+    """
+    return torch.ops.mixhead.matching_attention(
+        query,
+        key,
+        value,
+        bandwidth,
+        [kernel] if isinstance(kernel, str) else kernel,
+        row_mass=row_mass,
+        column_mass=column_mass,
+        dustbin=dustbin,
+        iterations=iterations,
+        tolerance=tolerance,
+    )

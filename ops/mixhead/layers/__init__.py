@@ -1,5 +1,6 @@
 """Attention layers: the operators with projections, gates and masks around them."""
 
 from mixhead.layers.mixed_multihead_attention import MixedMultiheadAttention
+from mixhead.layers.soft_assignment import SoftAssignment
 
-__all__ = ["MixedMultiheadAttention"]
+__all__ = ["MixedMultiheadAttention", "SoftAssignment"]

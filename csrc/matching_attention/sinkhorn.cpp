@@ -1,0 +1,88 @@
+// The iterations that find the potentials, and the linear system of their derivative. Every device;
+// each product with the plan is a pass of kernel_attention.
+#include <ATen/TensorOperators.h>
+#include <ATen/ops/where.h>
+#include <ATen/ops/zeros_like.h>
+#include <torch/library.h>
+
+#include <limits>
+
+#include "matching_attention/curvature.h"
+
+namespace mixhead::matching {
+namespace {
+
+constexpr double kInfinity = std::numeric_limits<double>::infinity();
+constexpr int kSolveIterations = 1000;
+
+/// Whether no column's sum differs from its mass by more than this share of the mass. The column
+/// potential moves by the logarithm of their quotient.
+bool converged(const Tensor& before, const Tensor& after, double tolerance) {
+  if (after.numel() == 0) return true;
+  const auto error = (before - after).expm1().abs().masked_fill(before == after, 0.0);
+  return error.max().item<double>() <= tolerance;
+}
+
+Tensor sinkhorn(
+    const Tensor& query, const Tensor& key, const OptionalTensor& bandwidth, Names kernel,
+    const OptionalTensor& dustbin, const Tensor& log_row_mass, const Tensor& log_column_mass,
+    int64_t iterations, double tolerance) {
+  const Points points{query, key, bandwidth, std::move(kernel), dustbin};
+  const auto transposed = points.transposed();
+  auto column = at::zeros_like(log_column_mass);
+  for (int64_t i = 0; i < iterations; ++i) {
+    const auto row = potential(log_row_mass, log_sums(points, column));
+    const auto next = potential(log_column_mass, log_sums(transposed, row));
+    const bool done = converged(column, next, tolerance);
+    column = next;
+    if (done) break;
+  }
+  return centered(column, column > -kInfinity);
+}
+
+Tensor inner_product(const Tensor& x, const Tensor& y) { return (x * y).sum(-1, /*keepdim=*/true); }
+
+/// M^+ x by conjugate gradients (Hestenes & Stiefel 1952), preconditioned by the column sums; one
+/// system for each batch entry and head.
+Tensor solve(
+    const Tensor& query, const Tensor& key, const OptionalTensor& bandwidth, Names kernel,
+    const OptionalTensor& dustbin, const Tensor& row_potential, const Tensor& column_potential,
+    const Tensor& right_side) {
+  const Points points{query, key, bandwidth, std::move(kernel), dustbin};
+  const auto zero = at::zeros_like(right_side), zeros = zero.sum(-1, /*keepdim=*/true);
+  auto x = zero;
+  if (right_side.numel() == 0 || !right_side.any().item<bool>()) return x;
+  const Curvature matrix(points, {row_potential, column_potential});
+  const auto in_range = [&](const Tensor& y) {
+    return at::where(matrix.live, centered(y, matrix.live), zero);
+  };
+  const auto preconditioner = at::where(matrix.live, 1.0 / matrix.column_sums, zero);
+  auto residual = in_range(right_side);
+  auto direction = residual * preconditioner;
+  auto rho = inner_product(residual, direction);
+  const double tolerance = right_side.scalar_type() == at::kDouble ? 1e-13 : 1e-6;
+  const auto enough = rho * (tolerance * tolerance);
+  for (int i = 0; i < kSolveIterations; ++i) {
+    const auto product = matrix.times(direction);
+    const auto curvature = inner_product(direction, product);
+    const Tensor active = (rho > enough).logical_and(curvature > 0);
+    if (!active.any().item().toBool()) break;
+    const auto step = at::where(active, rho / curvature, zeros);
+    x = x + step * direction;
+    residual = in_range(residual - step * product);
+    const auto scaled = residual * preconditioner;
+    const auto next = inner_product(residual, scaled);
+    direction = scaled + at::where(active, next / rho, zeros) * direction;
+    rho = next;
+  }
+  return in_range(x) + rho * 0.0;  // what is not finite ends the loop, and is not swallowed
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(mixhead, CompositeExplicitAutograd, m) {
+  m.impl("_matching_attention_sinkhorn", sinkhorn);
+  m.impl("_matching_attention_solve", solve);
+}
+
+}  // namespace mixhead::matching

@@ -1,0 +1,57 @@
+"""The figures: what a matching does that a row softmax does not, and what was learned."""
+
+from pathlib import Path
+
+import matplotlib
+from matplotlib.figure import Figure
+from shared.example import atomic
+from torch import Tensor
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+BLUE, ORANGE = "#0369a1", "#c2410c"
+
+
+def save(figure: Figure, path: Path) -> None:
+    with atomic(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=150, bbox_inches="tight")
+    plt.close(figure)
+
+
+def draw_plans(softmax: Tensor, plan: Tensor, matched: Tensor, path: Path) -> None:
+    """Both plans (N, N) over the Hungarian answer (N,), and what each candidate gets of them."""
+    figure, axes = plt.subplots(
+        2, 2, figsize=(9, 5.6), height_ratios=(4, 1), sharex=True, layout="constrained"
+    )
+    parts = ((softmax, "row softmax", ORANGE), (plan, "matching_attention", BLUE))
+    for (top, bottom), (weights, name, color) in zip(axes.T, parts, strict=True):
+        top.imshow(weights, cmap="Greys", vmin=0, vmax=1, aspect="auto")
+        top.scatter(matched, range(len(matched)), s=14, facecolors="none", edgecolors=color)
+        top.set_title(f"{name}; circles: the Hungarian answer", loc="left", fontsize=10)
+        top.set_ylabel("job")
+        bottom.bar(range(len(matched)), weights.sum(0), color=color, width=0.8)
+        bottom.axhline(1.0, color="0.5", linewidth=0.8)
+        bottom.set(xlabel="candidate", ylabel="sum")
+    save(figure, path)
+
+
+def draw_learning(course: list[tuple], bars: dict[str, float], path: Path) -> None:
+    """`course`: rows (step, loss, weight of each criterion); `bars`: share of right rows."""
+    figure, (left, middle, right) = plt.subplots(
+        1, 3, figsize=(11, 3.2), layout="constrained", width_ratios=(2, 2, 2)
+    )
+    steps, losses, skills, location = zip(*course, strict=True)
+    left.plot(steps, losses, color="0.2")
+    left.set(xlabel="step", ylabel="-log P of the Hungarian answer")
+    middle.plot(steps, skills, color=BLUE, label="skills")
+    middle.plot(steps, location, color=ORANGE, label="location")
+    middle.set(xlabel="step", ylabel="learned weight", yscale="log")
+    middle.legend(frameon=False)
+    colors = [BLUE] + [ORANGE] * (len(bars) - 1)
+    right.barh(list(bars), list(bars.values()), color=colors)
+    right.invert_yaxis()
+    right.set(xlabel="rows equal to the Hungarian answer", xlim=(0, 1))
+    for number, value in enumerate(bars.values()):
+        right.text(min(value + 0.02, 0.85), number, f"{value:.3f}", va="center", fontsize=9)
+    save(figure, path)
