@@ -13,13 +13,14 @@ from pathlib import Path
 
 import growth
 import harness
+import matching
 import mixed_attention
 import regression
 import torch
 from harness import Ceilings, Result
 from tqdm import tqdm
 
-GROUPS = mixed_attention.GROUPS | growth.GROUPS | regression.GROUPS
+GROUPS = mixed_attention.GROUPS | growth.GROUPS | regression.GROUPS | matching.GROUPS
 
 
 def processor() -> str:

@@ -13,46 +13,19 @@ namespace mixhead::matching {
 namespace {
 
 constexpr double kInfinity = std::numeric_limits<double>::infinity();
+constexpr int64_t kPlainIterations = 50;
 constexpr int kSolveIterations = 1000;
-
-/// Whether no column's sum differs from its mass by more than this share of the mass. The column
-/// potential moves by the logarithm of their quotient.
-bool converged(const Tensor& before, const Tensor& after, double tolerance) {
-  if (after.numel() == 0) return true;
-  const auto error = (before - after).expm1().abs().masked_fill(before == after, 0.0);
-  return error.max().item<double>() <= tolerance;
-}
-
-Tensor sinkhorn(
-    const Tensor& query, const Tensor& key, const OptionalTensor& bandwidth, Names kernel,
-    const OptionalTensor& dustbin, const Tensor& log_row_mass, const Tensor& log_column_mass,
-    int64_t iterations, double tolerance) {
-  const Points points{query, key, bandwidth, std::move(kernel), dustbin};
-  const auto transposed = points.transposed();
-  auto column = at::zeros_like(log_column_mass);
-  for (int64_t i = 0; i < iterations; ++i) {
-    const auto row = potential(log_row_mass, log_sums(points, column));
-    const auto next = potential(log_column_mass, log_sums(transposed, row));
-    const bool done = converged(column, next, tolerance);
-    column = next;
-    if (done) break;
-  }
-  return centered(column, column > -kInfinity);
-}
 
 Tensor inner_product(const Tensor& x, const Tensor& y) { return (x * y).sum(-1, /*keepdim=*/true); }
 
 /// M^+ x by conjugate gradients (Hestenes & Stiefel 1952), preconditioned by the column sums; one
-/// system for each batch entry and head.
-Tensor solve(
-    const Tensor& query, const Tensor& key, const OptionalTensor& bandwidth, Names kernel,
-    const OptionalTensor& dustbin, const Tensor& row_potential, const Tensor& column_potential,
-    const Tensor& right_side) {
-  const Points points{query, key, bandwidth, std::move(kernel), dustbin};
+/// system for each batch entry and head. The residual is made smaller by the factor `tolerance`.
+Tensor conjugate_gradients(
+    const Points& points, const Sides& potential, const Tensor& right_side, double tolerance) {
   const auto zero = at::zeros_like(right_side), zeros = zero.sum(-1, /*keepdim=*/true);
   auto x = zero;
   if (right_side.numel() == 0 || !right_side.any().item<bool>()) return x;
-  const Curvature matrix(points, {row_potential, column_potential});
+  const Curvature matrix(points, potential);
   const auto in_range = [&](const Tensor& y) {
     return at::where(matrix.live, centered(y, matrix.live), zero);
   };
@@ -60,7 +33,6 @@ Tensor solve(
   auto residual = in_range(right_side);
   auto direction = residual * preconditioner;
   auto rho = inner_product(residual, direction);
-  const double tolerance = right_side.scalar_type() == at::kDouble ? 1e-13 : 1e-6;
   const auto enough = rho * (tolerance * tolerance);
   for (int i = 0; i < kSolveIterations; ++i) {
     const auto product = matrix.times(direction);
@@ -76,6 +48,62 @@ Tensor solve(
     rho = next;
   }
   return in_range(x) + rho * 0.0;  // what is not finite ends the loop, and is not swallowed
+}
+
+Tensor solve(
+    const Tensor& query, const Tensor& key, const OptionalTensor& bandwidth, Names kernel,
+    const OptionalTensor& dustbin, const Tensor& row_potential, const Tensor& column_potential,
+    const Tensor& right_side) {
+  return conjugate_gradients(
+      {query, key, bandwidth, std::move(kernel), dustbin}, {row_potential, column_potential},
+      right_side, right_side.scalar_type() == at::kDouble ? 1e-13 : 1e-6);
+}
+
+/// By what share of its mass the worst column of each problem missed it, (B..., Hq, 1): a column
+/// potential moves by the logarithm of mass over sum.
+Tensor miss(const Tensor& before, const Tensor& after) {
+  const auto error = (before - after).expm1().abs().masked_fill(before == after, 0.0);
+  return error.amax(-1, /*keepdim=*/true);
+}
+
+/// Sinkhorn's iterations. Where they crawl (small bandwidths), every second one becomes a step of
+/// Newton's method, M x = mass - sums (Brauer, Clason, Lorenz & Wirth 2017); it is taken back where
+/// it misses more than before, and tried more and more seldom.
+Tensor sinkhorn(
+    const Tensor& query, const Tensor& key, const OptionalTensor& bandwidth, Names kernel,
+    const OptionalTensor& dustbin, const Tensor& log_row_mass, const Tensor& log_column_mass,
+    int64_t iterations, double tolerance) {
+  const Points points{query, key, bandwidth, std::move(kernel), dustbin};
+  const auto transposed = points.transposed();
+  auto column = at::zeros_like(log_column_mass);
+  if (column.numel() == 0) return column;
+  Tensor last, crawls, retreat;
+  int64_t next_newton = kPlainIterations, pause = 2;
+  for (int64_t i = 0; i < iterations; ++i) {
+    const auto row = potential(log_row_mass, log_sums(points, column));
+    auto next = potential(log_column_mass, log_sums(transposed, row));
+    const auto error = miss(column, next);
+    if (error.max().item<double>() <= tolerance) {
+      column = next;
+      break;
+    }
+    if (retreat.defined()) {
+      const Tensor worse = crawls.logical_and((error < last).logical_not());
+      next = at::where(worse, retreat, next);
+      if (worse.any().item().toBool()) next_newton = i + (pause *= 2);
+      retreat = Tensor();
+    } else if (i >= next_newton) {
+      crawls = (error < 0.5).logical_and(error > 0.7 * last);
+      const auto sums = (log_column_mass + column - next).exp();
+      const auto lack = at::where(crawls, log_column_mass.exp() - sums, at::zeros_like(sums));
+      retreat = next;
+      next =
+          at::where(crawls, column + conjugate_gradients(points, {row, column}, lack, 1e-2), next);
+    }
+    last = error;
+    column = next;
+  }
+  return centered(column, column > -kInfinity);
 }
 
 }  // namespace

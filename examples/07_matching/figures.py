@@ -38,20 +38,18 @@ def draw_plans(softmax: Tensor, plan: Tensor, matched: Tensor, path: Path) -> No
 
 def draw_learning(course: list[tuple], bars: dict[str, float], path: Path) -> None:
     """`course`: rows (step, loss, weight of each criterion); `bars`: share of right rows."""
-    figure, (left, middle, right) = plt.subplots(
-        1, 3, figsize=(11, 3.2), layout="constrained", width_ratios=(2, 2, 2)
-    )
+    figure, (left, middle, right) = plt.subplots(1, 3, figsize=(11, 3.2), layout="constrained")
     steps, losses, skills, location = zip(*course, strict=True)
     left.plot(steps, losses, color="0.2")
     left.set(xlabel="step", ylabel="-log P of the Hungarian answer")
     middle.plot(steps, skills, color=BLUE, label="skills")
     middle.plot(steps, location, color=ORANGE, label="location")
-    middle.set(xlabel="step", ylabel="learned weight", yscale="log")
+    middle.set(xlabel="step", ylabel="learned weight", ylim=(0, None))
     middle.legend(frameon=False)
     colors = [BLUE] + [ORANGE] * (len(bars) - 1)
     right.barh(list(bars), list(bars.values()), color=colors)
     right.invert_yaxis()
     right.set(xlabel="rows equal to the Hungarian answer", xlim=(0, 1))
     for number, value in enumerate(bars.values()):
-        right.text(min(value + 0.02, 0.85), number, f"{value:.3f}", va="center", fontsize=9)
+        right.text(0.02, number, f"{value:.3f}", va="center", fontsize=9, color="white")
     save(figure, path)

@@ -519,7 +519,6 @@ def matching_attention(
     value: Tensor,
     bandwidth: Tensor | None = None,
     kernel: str | list[str] = "gaussian",
-    *,
     row_mass: Tensor | None = None,
     column_mass: Tensor | None = None,
     dustbin: Tensor | None = None,

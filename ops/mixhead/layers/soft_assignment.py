@@ -48,6 +48,8 @@ class SoftAssignment(nn.Module):
         >>> best = mixhead.assignment(layer.log_plan(jobs, candidates))
     """
 
+    criteria: list[int]
+
     def __init__(
         self,
         criteria: Sequence[int],
@@ -68,7 +70,7 @@ class SoftAssignment(nn.Module):
         if head_dim is not None and head_dim < 1:
             raise ValueError(f"head_dim must be positive, got {head_dim}")
         factory = {"device": device, "dtype": dtype}
-        self.criteria: list[int] = list(criteria)
+        self.criteria = list(criteria)
         self.kernel = kernel
         self.iterations = iterations
         self.tolerance = tolerance
