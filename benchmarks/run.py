@@ -16,11 +16,14 @@ import harness
 import matching
 import mixed_attention
 import regression
+import topk_keys
 import torch
 from harness import Ceilings, Result
 from tqdm import tqdm
 
-GROUPS = mixed_attention.GROUPS | growth.GROUPS | regression.GROUPS | matching.GROUPS
+GROUPS = (
+    mixed_attention.GROUPS | growth.GROUPS | regression.GROUPS | topk_keys.GROUPS | matching.GROUPS
+)
 
 
 def processor() -> str:

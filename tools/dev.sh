@@ -177,6 +177,7 @@ END
 run_bench() {
   setup
   install
+  "$ENV_PYTHON" -m pip install --disable-pip-version-check --quiet -r requirements-bench.txt
   "$ENV_PYTHON" benchmarks/run.py
 }
 

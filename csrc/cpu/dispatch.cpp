@@ -4,6 +4,7 @@
 #include <string>
 
 #include "cpu/smoother.h"
+#include "cpu/topk.h"
 
 namespace mixhead::cpu {
 namespace {
@@ -12,31 +13,32 @@ struct Set {
   const char* name;
   bool (*runs_here)();
   const Kernels& (*kernels)(Type);
+  const TopkKernels& (*topk)(Type);
 };
 
 // From the least to the best.
 constexpr Set kSets[] = {
-    {"default", [] { return true; }, detail::kernels_default},
+    {"default", [] { return true; }, detail::kernels_default, detail::topk_default},
 #if defined(__x86_64__)
     {"avx2",
      [] {
        return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
               __builtin_cpu_supports("f16c");
      },
-     detail::kernels_avx2},
+     detail::kernels_avx2, detail::topk_avx2},
     {"avx512",
      [] {
        return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
               __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
      },
-     detail::kernels_avx512},
+     detail::kernels_avx512, detail::topk_avx512},
     {"avx512_bf16",
      [] {
        return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
               __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
               __builtin_cpu_supports("avx512bf16");
      },
-     detail::kernels_avx512_bf16},
+     detail::kernels_avx512_bf16, detail::topk_avx512_bf16},
 #endif
 };
 
@@ -76,9 +78,18 @@ const Kernels* kernels_of(const char* isa, Type type) {
   return set ? &set->kernels(type) : nullptr;
 }
 
-const Kernels& kernels(Type type) {
-  static const Set& chosen = choose();
-  return chosen.kernels(type);
+static const Set& chosen() {
+  static const Set& set = choose();
+  return set;
 }
+
+const Kernels& kernels(Type type) { return chosen().kernels(type); }
+
+const TopkKernels* topk_kernels_of(const char* isa, Type type) {
+  const auto* set = find(isa);
+  return set ? &set->topk(type) : nullptr;
+}
+
+const TopkKernels& topk_kernels(Type type) { return chosen().topk(type); }
 
 }  // namespace mixhead::cpu

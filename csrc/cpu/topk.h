@@ -39,6 +39,8 @@ struct TopkKernels {
 
 /// Of the instruction set that kernels() chooses.
 const TopkKernels& topk_kernels(Type type);
+/// Null where the processor or the build lacks the set.
+const TopkKernels* topk_kernels_of(const char* isa, Type type);
 
 namespace detail {
 const TopkKernels& topk_default(Type type);

@@ -56,3 +56,49 @@ def test_peak_of_forward_and_backward(rule):
     measured = json.loads(done.stdout)
     assert measured["gradients"] > 256 * 2**20  # the baseline is what it claims to be
     assert measured["extra"] <= 256 * 2**20, f"{measured['extra'] / 2**20:.0f} MiB"
+
+
+# Scores of all pairs would take 1 GiB in the first; offsets of all pairs, of which autograd would
+# keep several, 64 MiB each in the second.
+STREAMS = """
+import sys
+import torch
+import mixhead
+
+def peak():
+    with open("/proc/self/status") as status:
+        fields = dict(line.split(":", 1) for line in status)
+    return int(fields["VmHWM"].split()[0]) * 1024
+
+def topk_keys(rows, keys):
+    query, key = torch.randn(1, rows, 8), torch.randn(1, keys, 8)
+    return lambda: mixhead.topk_keys(query, key, 16)
+
+def local_linear_attention(rows, keys):
+    query, key = torch.randn(1, rows, 8), torch.randn(1, keys, 8)
+    value = torch.randn(1, keys, 1, requires_grad=True)
+    run = lambda: mixhead.local_linear_attention(query, key, value)[0].sum().backward()
+    return run
+
+make, rows, keys = locals()[sys.argv[1]], int(sys.argv[2]), int(sys.argv[3])
+make(64, 64)()
+run = make(rows, keys)
+baseline = peak()
+run()
+print(peak() - baseline)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize(
+    "arguments", [("topk_keys", 4096, 65536), ("local_linear_attention", 128, 16384)], ids=str
+)
+def test_no_tensor_of_all_pairs(arguments):
+    done = subprocess.run(
+        [sys.executable, "-c", STREAMS, *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) <= 128 * 2**20, f"{int(done.stdout) / 2**20:.0f} MiB"

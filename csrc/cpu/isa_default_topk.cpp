@@ -1,0 +1,5 @@
+#include "cpu/topk-inl.h"
+
+const mixhead::cpu::TopkKernels& mixhead::cpu::detail::topk_default(Type type) {
+  return topk_table(type);
+}
