@@ -156,8 +156,8 @@ class _Search:
             value, gradient = objective(origin + axes @ shift)
             return value, axes.T @ gradient
 
-        # A step of the gradient's length leads to the minimum: by then less than 0.05 % of h.
-        tolerance = 5e-4 / np.linalg.norm(axes, 2)
+        # A step of the gradient's length leads to the minimum: by then less than 0.1 % of h.
+        tolerance = 1e-3 / np.linalg.norm(axes, 2)
         scipy.optimize.minimize(
             along_axes, np.zeros(len(origin)), jac=True, method="BFGS",
             options={"gtol": tolerance, "maxiter": 100},
