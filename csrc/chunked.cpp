@@ -261,8 +261,12 @@ std::vector<Tensor> double_backward(
   EnableAutograd autograd;
   auto tensors = grads;
   const auto output_grads = sliceable(grads, problem);
-  const auto partners = sliceable(second_order, problem);
+  auto partners = sliceable(second_order, problem);
   const auto operands = operand_tensors(problem);
+  for (size_t i = 0; i < partners.size(); ++i) {
+    // A first derivative that nobody asked for is an empty tensor, and so is its partner.
+    if (partners[i].defined() && partners[i].numel() < operands[i].numel()) partners[i] = Tensor();
+  }
   tensors.insert(tensors.end(), operands.begin(), operands.end());
   auto result = accumulators(tensors, needed, problem.accumulate);
   std::vector<bool> all;  // the first derivative must exist for every operand it is paired with

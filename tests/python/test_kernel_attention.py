@@ -166,6 +166,17 @@ def test_derivatives(kernel, options):
     assert torch.autograd.gradgradcheck(call, (query, key, value, bandwidth))
 
 
+@pytest.mark.parametrize("leaf", range(4))
+def test_second_derivative_of_one_argument_alone(leaf):
+    query, key, value = (torch.randn(2, 4, 2, dtype=torch.float64) for _ in range(3))
+    tensors = [query, key, value, torch.tensor([1.5, 2.0], dtype=torch.float64)]
+
+    def call(tensor):
+        return kernel_attention(*tensors[:leaf], tensor, *tensors[leaf + 1 :], ["gaussian"])
+
+    assert torch.autograd.gradgradcheck(call, (tensors[leaf].requires_grad_(),))
+
+
 @pytest.mark.parametrize("kernel", [name for name in KERNELS if name != "laplacian"])
 def test_derivatives_where_query_equals_key(kernel):
     """Points attend to themselves: both derivatives are right at distance 0, where there is one."""

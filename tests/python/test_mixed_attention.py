@@ -166,6 +166,17 @@ def test_gradcheck_and_gradgradcheck(sample):
     assert torch.autograd.gradgradcheck(function, values, atol=1e-6, rtol=1e-4, fast_mode=True)
 
 
+@pytest.mark.parametrize("leaf", range(6))
+def test_second_derivative_of_one_argument_alone(leaf):
+    shapes = [(2, 3, 4), (2, 5, 4), (2, 5, 3), (2, 6, 4), (2, 6, 3), (2, 1, 1)]
+    tensors = [torch.randn(shape, dtype=torch.float64) for shape in shapes]
+
+    def function(tensor):
+        return mixed_attention(*tensors[:leaf], tensor, *tensors[leaf + 1 :])[0]
+
+    assert torch.autograd.gradgradcheck(function, (tensors[leaf].requires_grad_(),))
+
+
 @pytest.mark.parametrize("name", ["joint, gate of a head", "float masks with -inf"])
 def test_second_derivative_against_reference(name):
     """Not only consistent with the first derivative: the reference's own second derivative."""
