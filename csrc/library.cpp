@@ -58,6 +58,11 @@ TORCH_LIBRARY(mixhead, m) {
       "Tensor? seed, bool enable_gqa, Tensor output, Tensor log_mass, bool[5] output_mask) "
       "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
       {at::Tag::pt2_compliant_tag});
+  // The weights (B, Hq, L, S) themselves, which no other operator stores, for who looks at them.
+  m.def(
+      "_kernel_attention_weights(Tensor query, Tensor key, Tensor log_mass, Tensor? bandwidth, "
+      "str[] kernel, Tensor? attn_mask, bool is_causal, bool enable_gqa) -> Tensor",
+      {at::Tag::pt2_compliant_tag});
 
   m.def(
       "local_linear_attention(Tensor query, Tensor key, Tensor value, Tensor? bandwidth, "

@@ -13,14 +13,13 @@ at::Tensor may_read(const at::Tensor& mask) {
   return mask.scalar_type() == at::kBool ? mask.logical_not() : mask;
 }
 
-void check_mask(const char* name, const at::Tensor& mask, at::IntArrayRef shape) {
+void check_mask(
+    const char* layer, const char* name, const at::Tensor& mask, at::IntArrayRef shape) {
   TORCH_CHECK(
-      mask.sizes() == shape, "MixedMultiheadAttention: ", name, " must have shape ", shape,
-      ", got ", mask.sizes());
+      mask.sizes() == shape, layer, ": ", name, " must have shape ", shape, ", got ", mask.sizes());
   TORCH_CHECK(
-      mask.scalar_type() == at::kBool || mask.is_floating_point(),
-      "MixedMultiheadAttention: ", name, " must be bool or floating point, got ",
-      mask.scalar_type());
+      mask.scalar_type() == at::kBool || mask.is_floating_point(), layer, ": ", name,
+      " must be bool or floating point, got ", mask.scalar_type());
 }
 
 at::Tensor both(const at::Tensor& first, const at::Tensor& second) {
@@ -42,20 +41,20 @@ at::Tensor both(const at::Tensor& first, const at::Tensor& second) {
 }  // namespace
 
 std::optional<at::Tensor> sequence_mask(
-    const at::Tensor& key_padding_mask, const at::Tensor& attn_mask, int64_t batch,
-    int64_t num_heads, int64_t length, int64_t keys) {
+    const char* layer, const at::Tensor& key_padding_mask, const at::Tensor& attn_mask,
+    int64_t batch, int64_t num_heads, int64_t length, int64_t keys) {
   std::optional<at::Tensor> padding;
   if (key_padding_mask.defined()) {
-    check_mask("key_padding_mask", key_padding_mask, {batch, keys});
+    check_mask(layer, "key_padding_mask", key_padding_mask, {batch, keys});
     padding = may_read(key_padding_mask).view({batch, 1, 1, keys});
   }
   std::optional<at::Tensor> pairs;
   if (attn_mask.defined()) {
     if (attn_mask.dim() == 3) {
-      check_mask("attn_mask", attn_mask, {batch * num_heads, length, keys});
+      check_mask(layer, "attn_mask", attn_mask, {batch * num_heads, length, keys});
       pairs = may_read(attn_mask.unflatten(0, {batch, num_heads}));
     } else {
-      check_mask("attn_mask", attn_mask, {length, keys});
+      check_mask(layer, "attn_mask", attn_mask, {length, keys});
       pairs = may_read(attn_mask);
     }
   }

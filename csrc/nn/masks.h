@@ -7,9 +7,10 @@
 namespace mixhead::nn {
 
 /// Both masks of torch::nn::MultiheadAttention (bool true: blocked; undefined: none) as the one of
-/// mixhead::mixed_attention (bool true: may read), not expanded: it broadcasts to (B, Hq, L, S).
+/// mixhead's operators (bool true: may read), not expanded: it broadcasts to (B, Hq, L, S). Errors
+/// name `layer`.
 std::optional<at::Tensor> sequence_mask(
-    const at::Tensor& key_padding_mask, const at::Tensor& attn_mask, int64_t batch,
-    int64_t num_heads, int64_t length, int64_t keys);
+    const char* layer, const at::Tensor& key_padding_mask, const at::Tensor& attn_mask,
+    int64_t batch, int64_t num_heads, int64_t length, int64_t keys);
 
 }  // namespace mixhead::nn

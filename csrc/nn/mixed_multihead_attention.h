@@ -1,7 +1,6 @@
 #pragma once
 
 #include <torch/arg.h>
-#include <torch/nn/cloneable.h>
 #include <torch/nn/modules/common.h>
 #include <torch/nn/modules/container/any_value.h>
 #include <torch/nn/modules/linear.h>
@@ -13,29 +12,16 @@
 #include <string>
 #include <tuple>
 
+#include "multihead_frame.h"
+
 namespace mixhead::nn {
 
 /// Options of MixedMultiheadAttention:
 /// `MixedMultiheadAttentionOptions(512, 8).batch_first(true).gate("token")`.
-struct MixedMultiheadAttentionOptions {
-  MixedMultiheadAttentionOptions(int64_t embed_dim, int64_t num_heads);
+struct MixedMultiheadAttentionOptions : MultiheadOptions<MixedMultiheadAttentionOptions> {
+  MixedMultiheadAttentionOptions(int64_t embed_dim, int64_t num_heads)
+      : MultiheadOptions(embed_dim, num_heads) {}
 
-  /// Width E of the queries and of the output.
-  TORCH_ARG(int64_t, embed_dim);
-  /// Query heads Hq; divides embed_dim.
-  TORCH_ARG(int64_t, num_heads);
-  /// Probability with which an attention weight is dropped in training.
-  TORCH_ARG(double, dropout) = 0.0;
-  /// Whether the projections have biases.
-  TORCH_ARG(bool, bias) = true;
-  /// Width of the keys; embed_dim by default.
-  TORCH_ARG(int64_t, kdim);
-  /// Width of the values; embed_dim by default.
-  TORCH_ARG(int64_t, vdim);
-  /// Inputs and output are (B, L, E), not (L, B, E).
-  TORCH_ARG(bool, batch_first) = false;
-  /// Key/value heads H, a divisor of num_heads; num_heads by default.
-  TORCH_ARG(int64_t, num_kv_heads);
   /// "gate" or "joint", as in mixhead::mixed_attention.
   TORCH_ARG(std::string, rule) = "gate";
   /// "head", "token" or "channel" (with rule "gate" only).
@@ -54,8 +40,11 @@ struct MixedMultiheadAttentionOptions {
 /// with the logit g_h by gate: "head" mix[h]; "token" mix[h] + <mix_weight[h], x> for the query's
 /// token x before projection; "channel" mix[h, 0, c] for each channel. Gating after Wu et al.,
 /// "Memorizing Transformers", 2022. Throws c10::Error where an option does not fit.
-class MixedMultiheadAttentionImpl : public torch::nn::Cloneable<MixedMultiheadAttentionImpl> {
+class MixedMultiheadAttentionImpl
+    : public MultiheadFrame<MixedMultiheadAttentionImpl, MixedMultiheadAttentionOptions> {
  public:
+  static constexpr const char* layer_name = "MixedMultiheadAttention";
+
   MixedMultiheadAttentionImpl(int64_t embed_dim, int64_t num_heads)
       : MixedMultiheadAttentionImpl(MixedMultiheadAttentionOptions(embed_dim, num_heads)) {}
   explicit MixedMultiheadAttentionImpl(MixedMultiheadAttentionOptions options);
@@ -96,15 +85,8 @@ class MixedMultiheadAttentionImpl : public torch::nn::Cloneable<MixedMultiheadAt
   /// The keys and values (H, M, D) or (B, H, M, D) of memory tokens (M, E) or (B, M, E).
   std::tuple<torch::Tensor, torch::Tensor> project_memory(const torch::Tensor& memory);
 
-  MixedMultiheadAttentionOptions options;
-  torch::Tensor in_proj_weight;
-  torch::Tensor in_proj_bias;
-  torch::Tensor q_proj_weight;
-  torch::Tensor k_proj_weight;
-  torch::Tensor v_proj_weight;
   torch::Tensor mix;
   torch::Tensor mix_weight;
-  torch::nn::Linear out_proj{nullptr};
   torch::nn::Linear memory_k_proj{nullptr};
   torch::nn::Linear memory_v_proj{nullptr};
 
@@ -116,18 +98,6 @@ class MixedMultiheadAttentionImpl : public torch::nn::Cloneable<MixedMultiheadAt
       {9, torch::nn::AnyValue(torch::Tensor())})
 
  private:
-  int64_t head_dim() const { return options.embed_dim() / options.num_heads(); }
-  int64_t kv_dim() const { return options.num_kv_heads() * head_dim(); }
-  void check_options() const;
-  void check_input(
-      const torch::Tensor& query, const torch::Tensor& key, const torch::Tensor& value) const;
-  torch::Tensor project_query(const torch::Tensor& query) const;
-  torch::Tensor project_key(const torch::Tensor& key) const;
-  torch::Tensor project_value(const torch::Tensor& value) const;
-  torch::Tensor project_rows(
-      const torch::Tensor& tokens, const torch::Tensor& weight, int64_t start,
-      int64_t length) const;
-  torch::Tensor key_heads(const torch::Tensor& projected) const;
   torch::Tensor mix_logit(const torch::Tensor& query) const;
 };
 

@@ -7,13 +7,17 @@
 #include <torch/csrc/jit/serialization/pickler.h>
 #include <torch/serialize.h>
 
+#include <algorithm>
+#include <array>
 #include <filesystem>
 #include <fstream>
 #include <iterator>
 #include <map>
 #include <set>
+#include <string_view>
 #include <vector>
 
+#include "nn/kernel_multihead_attention.h"
 #include "nn/mixed_multihead_attention.h"
 
 namespace mixhead::nn {
@@ -76,20 +80,25 @@ StateDict read(const std::string& path) {
   return state;
 }
 
-/// The names of a MixedMultiheadAttention that torch.nn.MultiheadAttention lacks, wherever `state`
-/// has none of them.
+/// The names in a state dict of torch.nn.MultiheadAttention; what else a layer has it adds.
+constexpr std::array<std::string_view, 7> torch_names{
+    "in_proj_weight", "in_proj_bias",    "q_proj_weight", "k_proj_weight",
+    "v_proj_weight",  "out_proj.weight", "out_proj.bias"};
+
+/// The names of our attention layers that torch.nn.MultiheadAttention lacks, wherever `state` has
+/// none of them.
 std::set<std::string> additions_absent(const torch::nn::Module& module, const StateDict& state) {
   std::set<std::string> absent;
   for (const auto& child : module.named_modules("", /*include_self=*/true)) {
-    const auto* attention = child.value()->as<MixedMultiheadAttentionImpl>();
-    if (!attention) {
+    const torch::nn::Module& layer = *child.value();
+    if (!layer.as<MixedMultiheadAttentionImpl>() && !layer.as<KernelMultiheadAttentionImpl>()) {
       continue;
     }
     const std::string prefix = child.key().empty() ? "" : child.key() + ".";
     std::set<std::string> additions;
     bool any_present = false;
-    for (const auto& [name, tensor] : state_dict(*attention)) {
-      if (name.starts_with("mix") || name.starts_with("memory_")) {
+    for (const auto& [name, tensor] : state_dict(layer)) {
+      if (std::ranges::find(torch_names, name) == torch_names.end()) {
         additions.insert(prefix + name);
         any_present = any_present || state.count(prefix + name);
       }

@@ -14,8 +14,8 @@ void save_state_dict(const torch::nn::Module& module, const std::string& path);
 /// Reads such a file, or one of Python's `torch.save(dict(module.state_dict()), path)`, into the
 /// module: every name must be there with the same shape, and no other. (The OrderedDict that
 /// state_dict() returns is more than LibTorch reads, hence the dict(...).) As in Python, a
-/// checkpoint of torch.nn.MultiheadAttention loads into MixedMultiheadAttention; what it lacks
-/// keeps its value. Throws c10::Error naming the file and what is wrong; the module is then as it
+/// checkpoint of torch.nn.MultiheadAttention loads into the layers of mixhead; what it lacks keeps
+/// its value. Throws c10::Error naming the file and what is wrong; the module is then as it
 /// was.
 void load_state_dict(torch::nn::Module& module, const std::string& path);
 

@@ -12,7 +12,7 @@ from mixhead.functional import (
     mixed_attention,
     topk_keys,
 )
-from mixhead.layers import MixedMultiheadAttention, SoftAssignment
+from mixhead.layers import KernelMultiheadAttention, MixedMultiheadAttention, SoftAssignment
 from mixhead.memory import MemoryBank
 from mixhead.optim import recommended_parameter_groups
 
@@ -22,6 +22,7 @@ _library.load()
 cmake_prefix_path = str(_library.prefix())
 
 __all__ = [
+    "KernelMultiheadAttention",
     "MemoryBank",
     "MixedMultiheadAttention",
     "SoftAssignment",

@@ -4,22 +4,26 @@
 #include <torch/script.h>
 #include <torch/torch.h>
 
-#include <cstdlib>
 #include <filesystem>
 #include <fstream>
 #include <sstream>
 
+#include "layer_testing.h"
 #include "mixhead/mixhead.h"
 
 namespace {
 
+using layer_testing::checkpoints;
+using layer_testing::expect_close;
+using layer_testing::expect_error;
+using layer_testing::random;
+using layer_testing::read_dict;
+using layer_testing::written;
 using mixhead::nn::MixedMultiheadAttention;
 using mixhead::nn::MixedMultiheadAttentionOptions;
 using torch::Tensor;
 
 constexpr int64_t kEmbed = 12, kHeads = 4, kLength = 5, kKeys = 6, kBatch = 3, kSlots = 7;
-
-Tensor random(torch::IntArrayRef shape) { return torch::randn(shape, torch::kFloat64); }
 
 MixedMultiheadAttention randomized(const MixedMultiheadAttentionOptions& options) {
   MixedMultiheadAttention layer(options);
@@ -29,23 +33,6 @@ MixedMultiheadAttention randomized(const MixedMultiheadAttentionOptions& options
     parameter.normal_(0, 0.5);
   }
   return layer;
-}
-
-void expect_close(const Tensor& actual, const Tensor& expected, double tolerance = 1e-10) {
-  ASSERT_EQ(actual.sizes(), expected.sizes());
-  EXPECT_LT((actual - expected).abs().max().item<double>(), tolerance);
-}
-
-/// Runs `call`, which must throw c10::Error whose message has `text` in it.
-template <typename Call>
-void expect_error(Call call, const std::string& text) {
-  try {
-    call();
-    FAIL() << "no error; expected: " << text;
-  } catch (const c10::Error& error) {
-    EXPECT_NE(std::string(error.what_without_backtrace()).find(text), std::string::npos)
-        << error.what_without_backtrace();
-  }
 }
 
 // ---- against torch::nn::MultiheadAttention
@@ -332,19 +319,6 @@ TEST(Nn, RefusesBadArguments) {
 // ---- checkpoints
 // ---------------------------------------------------------------------------------
 
-/// Files that Python wrote: the ones kept with the tests, or fresh ones that a Python test names.
-/// What C++ writes for Python goes beside the fresh ones.
-std::filesystem::path checkpoints() {
-  const char* fresh = std::getenv("MIXHEAD_CHECKPOINTS");
-  return fresh ? std::filesystem::path(fresh)
-               : std::filesystem::path(__FILE__).parent_path().parent_path() / "data";
-}
-
-std::filesystem::path written() {
-  return std::getenv("MIXHEAD_CHECKPOINTS") ? checkpoints()
-                                            : std::filesystem::path(testing::TempDir());
-}
-
 MixedMultiheadAttention checkpoint_layer() {
   MixedMultiheadAttention layer(
       MixedMultiheadAttentionOptions(8, 2).batch_first(true).gate("token").memory_projection(
@@ -356,9 +330,7 @@ MixedMultiheadAttention checkpoint_layer() {
 /// What Python computed with the layer it saved.
 struct Example {
   Example() {
-    std::ifstream file(checkpoints() / "attention_example.pt", std::ios::binary);
-    const std::vector<char> bytes{std::istreambuf_iterator<char>(file), {}};
-    const auto dict = torch::pickle_load(bytes).toGenericDict();
+    const auto dict = read_dict(checkpoints() / "attention_example.pt");
     tokens = dict.at("tokens").toTensor();
     memory = dict.at("memory").toTensor();
     output = dict.at("output").toTensor();

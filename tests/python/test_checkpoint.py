@@ -24,7 +24,27 @@ def layer():
     return attention.eval()
 
 
+def kernel_layer():
+    torch.manual_seed(0)
+    attention = mixhead.KernelMultiheadAttention(
+        8, 2, batch_first=True, kernel=["gaussian", "laplacian"], bandwidth=torch.ones(2, 4)
+    )
+    for parameter in attention.parameters():
+        torch.nn.init.normal_(parameter, std=0.5)
+    return attention.eval()
+
+
 def write_files(folder):
+    write_mixed_layer(folder)
+    attention, tokens = kernel_layer(), torch.randn(2, 3, 8)
+    with torch.no_grad():
+        output, weights = attention(tokens, tokens, tokens)
+    torch.save(dict(attention.state_dict()), folder / "kernel_layer_state.pt")
+    example = {"tokens": tokens, "output": output, "weights": weights}
+    torch.save(example, folder / "kernel_layer_example.pt")
+
+
+def write_mixed_layer(folder):
     attention = layer()
     tokens, memory = torch.randn(2, 3, 8), torch.randn(4, 8)
     with torch.no_grad():
@@ -68,7 +88,7 @@ def test_cpp_reads_python_and_python_reads_cpp(tmp_path):
         text=True,
     )
     assert result.returncode == 0, result.stdout
-    assert "[  PASSED  ] 5 tests" in result.stdout
+    assert "[  PASSED  ] 7 tests" in result.stdout
 
     expected = {name: -2 * tensor for name, tensor in layer().state_dict().items()}
     state = torch.load(tmp_path / "attention_from_cpp.pt", weights_only=True)
@@ -77,6 +97,11 @@ def test_cpp_reads_python_and_python_reads_cpp(tmp_path):
     attention.load_state_dict(state)
     archive = torch.jit.load(tmp_path / "attention_archive_from_cpp.pt")
     torch.testing.assert_close(dict(archive.state_dict()), expected, rtol=0, atol=0)
+
+    expected = {name: -2 * tensor for name, tensor in kernel_layer().state_dict().items()}
+    state = torch.load(tmp_path / "kernel_layer_from_cpp.pt", weights_only=True)
+    torch.testing.assert_close(state, expected, rtol=0, atol=0)
+    kernel_layer().load_state_dict(state)
 
 
 def test_files_kept_for_cpp_are_those_of_python():
@@ -88,6 +113,13 @@ def test_files_kept_for_cpp_are_those_of_python():
     again = layer()
     again.load_state_dict(torch.load(folder / "attention_state.pt", weights_only=True))
     output, weights = again(*[example["tokens"]] * 3, memory=example["memory"])
+    torch.testing.assert_close(output, example["output"])
+    torch.testing.assert_close(weights, example["weights"])
+
+    example = torch.load(folder / "kernel_layer_example.pt", weights_only=True)
+    again = kernel_layer()
+    again.load_state_dict(torch.load(folder / "kernel_layer_state.pt", weights_only=True))
+    output, weights = again(*[example["tokens"]] * 3)
     torch.testing.assert_close(output, example["output"])
     torch.testing.assert_close(weights, example["weights"])
 

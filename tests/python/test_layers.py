@@ -1,7 +1,6 @@
 """MixedMultiheadAttention against torch.nn.MultiheadAttention and against the dense reference."""
 
 import copy
-import io
 import itertools
 import math
 import re
@@ -11,17 +10,21 @@ import reference
 import torch
 import torch.nn.functional as F
 from mixhead import MemoryBank, MixedMultiheadAttention
+from multihead import (
+    BATCH,
+    EMBED,
+    HEADS,
+    KEYS,
+    LENGTH,
+    SLOTS,
+    TOLERANCE,
+    compare_with_torch,
+    inputs,
+    masks,
+    randomized,
+    saved_and_loaded,
+)
 from torch import nn
-
-EMBED, HEADS, LENGTH, KEYS, BATCH, SLOTS = 12, 4, 5, 6, 3, 7
-TOLERANCE = {torch.float64: {"rtol": 0, "atol": 1e-10}, torch.float32: {"rtol": 0, "atol": 1e-5}}
-
-
-def randomized(layer):
-    """Every parameter random, so that nothing passes because a bias or a gate is 0."""
-    for parameter in layer.parameters():
-        nn.init.normal_(parameter, std=0.5)
-    return layer
 
 
 def pair(dtype=torch.float64, **options):
@@ -30,54 +33,6 @@ def pair(dtype=torch.float64, **options):
     ours = MixedMultiheadAttention(EMBED, HEADS, dtype=dtype, **options)
     ours.load_state_dict(peer.state_dict())
     return peer, ours
-
-
-def inputs(batched=True, batch_first=False, kdim=EMBED, vdim=EMBED, dtype=torch.float64, keys=KEYS):
-    tensors = []
-    for length, width in ((LENGTH, EMBED), (keys, kdim), (keys, vdim)):
-        shape = [length, width]
-        if batched:
-            shape.insert(0 if batch_first else 1, BATCH)
-        tensors.append(torch.randn(shape, dtype=dtype, requires_grad=True))
-    return tensors
-
-
-def masks(padding, pairs, batched, dtype):
-    """Masks in torch.nn's meaning (True: blocked) that leave every query a key."""
-    options = {}
-    batch = BATCH if batched else 1
-    if padding is not None:
-        mask = torch.zeros(batch, KEYS, dtype=torch.bool)
-        mask[0, -2:] = True
-        mask = mask if padding == "bool" else torch.randn(batch, KEYS, dtype=dtype)
-        options["key_padding_mask"] = mask if batched else mask[0]
-    if pairs is not None:
-        shape = (LENGTH, KEYS) if pairs.endswith("2") else (batch * HEADS, LENGTH, KEYS)
-        mask = torch.rand(shape) < 0.4
-        mask[..., 0] = False
-        options["attn_mask"] = mask if pairs.startswith("bool") else torch.randn(shape, dtype=dtype)
-    return options
-
-
-def compare_with_torch(peer, ours, tensors, options, dtype):
-    expected, actual = peer(*tensors, **options), ours(*tensors, **options)
-    tolerance = TOLERANCE[dtype]
-    torch.testing.assert_close(actual[0], expected[0], **tolerance)
-    assert (actual[1] is None) == (expected[1] is None)
-    if expected[1] is not None:
-        torch.testing.assert_close(actual[1], expected[1], **tolerance)
-    weights = [p for name, p in ours.named_parameters() if not name.startswith("mix")]
-    results = []
-    for outputs, parameters in ((expected, peer.parameters()), (actual, weights)):
-        loss = outputs[0].sin().sum()
-        if outputs[1] is not None:
-            loss = loss + outputs[1].square().sum()
-        leaves = {id(leaf): leaf for leaf in (*tensors, *parameters)}
-        results.append(torch.autograd.grad(loss, list(leaves.values())))
-    for mine, theirs in zip(results[1], results[0], strict=True):
-        torch.testing.assert_close(
-            mine, theirs, rtol=10 * tolerance["atol"], atol=tolerance["atol"]
-        )
 
 
 FLAGS = list(itertools.product([False, True], [False, True], [False, True]))
@@ -500,13 +455,6 @@ def test_bank_in_scripted_model():
 
 
 # ---- script, export, compile ---------------------------------------------------------------------
-
-
-def saved_and_loaded(scripted):
-    file = io.BytesIO()
-    torch.jit.save(scripted, file)
-    file.seek(0)
-    return torch.jit.load(file)
 
 
 VARIANTS = {

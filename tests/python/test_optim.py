@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from mixhead import MixedMultiheadAttention, recommended_parameter_groups
+from mixhead import KernelMultiheadAttention, MixedMultiheadAttention, recommended_parameter_groups
 from torch import nn
 
 
@@ -11,6 +11,9 @@ class Model(nn.Module):
         super().__init__()
         self.embedding = nn.Embedding(5, 8)
         self.attention = MixedMultiheadAttention(8, 2, gate="token", memory_projection="own")
+        # Two dimensions, and yet no weight; the fixed one is no parameter.
+        self.smoother = KernelMultiheadAttention(8, 2, bias=False, bandwidth=torch.ones(2, 4))
+        self.fixed = KernelMultiheadAttention(8, 2, bias=False, learn_bandwidth=False)
         self.norm = nn.LayerNorm(8)
         self.head = nn.Linear(8, 5)
         self.head.weight = self.embedding.weight
@@ -25,10 +28,17 @@ def names_of(groups, model):
 
 def test_groups_of_a_model():
     model = Model()
-    groups = recommended_parameter_groups(model, lr=1e-3, weight_decay=0.1, gate_lr_factor=5)
+    groups = recommended_parameter_groups(
+        model, lr=1e-3, weight_decay=0.1, gate_lr_factor=5, bandwidth_lr_factor=3
+    )
     assert names_of(groups, model) == {
         "gates": {"attention.mix", "attention.mix_weight"},
+        "bandwidths": {"smoother.log_bandwidth"},
         "weights": {
+            "smoother.in_proj_weight",
+            "smoother.out_proj.weight",
+            "fixed.in_proj_weight",
+            "fixed.out_proj.weight",
             "embedding.weight",
             "attention.in_proj_weight",
             "attention.out_proj.weight",
@@ -48,6 +58,7 @@ def test_groups_of_a_model():
     }
     assert {g["name"]: (g["lr"], g["weight_decay"]) for g in groups} == {
         "gates": (5e-3, 0.0),
+        "bandwidths": (3e-3, 0.0),
         "weights": (1e-3, 0.1),
         "biases and norms": (1e-3, 0.0),
     }
@@ -76,7 +87,9 @@ def test_optimizer_moves_gates_further_and_does_not_decay_them():
     torch.testing.assert_close(layer.in_proj_weight, weight - 0.01 * (1 + 0.5 * weight))
 
 
-@pytest.mark.parametrize("argument", ["lr", "weight_decay", "gate_lr_factor"])
+@pytest.mark.parametrize(
+    "argument", ["lr", "weight_decay", "gate_lr_factor", "bandwidth_lr_factor"]
+)
 @pytest.mark.parametrize("number", [-1.0, float("nan")])
 def test_refuses_negative_numbers(argument, number):
     with pytest.raises(ValueError, match=f"{argument} must not be negative, got {number}"):

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from mixhead._errors import shape_text
 from mixhead.functional import mixed_attention
-from mixhead.layers.masks import both, sequence_mask
+from mixhead.layers.masks import both
+from mixhead.layers.multihead_frame import MultiheadFrame
 from mixhead.layers.weights import mixed_attention_weights
 from mixhead.memory import MemoryBank
 
@@ -42,7 +43,7 @@ def _keyword_only_from(first: str) -> Callable:
     return decorate
 
 
-class MixedMultiheadAttention(nn.Module):
+class MixedMultiheadAttention(MultiheadFrame):
     r"""`torch.nn.MultiheadAttention` whose heads can also read an external memory.
 
     Each head :math:`h` mixes softmax attention over the sequence, :math:`A_s`, with softmax
@@ -94,13 +95,6 @@ class MixedMultiheadAttention(nn.Module):
         >>> output, weights = layer(tokens, tokens, tokens, need_weights=False, memory=memory)
     """
 
-    __constants__ = ("batch_first", "_qkv_same_embed_dim")
-
-    # torch's encoder layer would otherwise skip `forward` in inference and compute plain attention
-    # from `in_proj_weight`. Its TorchScript also compiles `merge_masks`, for that same way.
-    _qkv_same_embed_dim: bool
-    merge_masks = nn.MultiheadAttention.merge_masks
-
     def __init__(
         self,
         embed_dim: int,
@@ -119,43 +113,19 @@ class MixedMultiheadAttention(nn.Module):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__()
-        self.embed_dim = embed_dim
-        self.num_heads = num_heads
-        self.num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
-        self.dropout = dropout
-        self.kdim = embed_dim if kdim is None else kdim
-        self.vdim = embed_dim if vdim is None else vdim
-        self.batch_first = batch_first
+        factory = {"device": device, "dtype": dtype}
+        super().__init__(
+            embed_dim, num_heads, dropout, bias, kdim, vdim, batch_first, num_kv_heads, factory
+        )
         self.rule = rule
         self.gate = gate
         self.memory_projection = memory_projection
         self.initial_mix = initial_mix
-        self._qkv_same_embed_dim = False
-        self._check_options()
-        self.head_dim = embed_dim // num_heads
-        self._create_parameters(bias, {"device": device, "dtype": dtype})
+        self._check_gate()
+        self._create_gate(bias, factory)
         self.reset_parameters()
 
-    def _check_options(self) -> None:
-        name = type(self).__name__
-        for argument in ("embed_dim", "num_heads", "num_kv_heads", "kdim", "vdim"):
-            if getattr(self, argument) <= 0:
-                raise ValueError(
-                    f"{name}: {argument} must be positive, got {getattr(self, argument)}"
-                )
-        if self.embed_dim % self.num_heads:
-            raise ValueError(
-                f"{name}: embed_dim must be a multiple of num_heads, got {self.embed_dim} and "
-                f"{self.num_heads}"
-            )
-        if self.num_heads % self.num_kv_heads:
-            raise ValueError(
-                f"{name}: num_heads must be a multiple of num_kv_heads, got {self.num_heads} and "
-                f"{self.num_kv_heads}"
-            )
-        if not 0.0 <= self.dropout <= 1.0:
-            raise ValueError(f"{name}: dropout must be in [0, 1], got {self.dropout}")
+    def _check_gate(self) -> None:
         choices = {
             "rule": ("gate", "joint"),
             "gate": ("head", "token", "channel"),
@@ -164,51 +134,30 @@ class MixedMultiheadAttention(nn.Module):
         for argument, allowed in choices.items():
             if getattr(self, argument) not in allowed:
                 raise ValueError(
-                    f"{name}: {argument} must be one of {', '.join(map(repr, allowed))}, got "
+                    f"{self._name}: {argument} must be one of {', '.join(map(repr, allowed))}, got "
                     f"{getattr(self, argument)!r}"
                 )
         if self.rule == "joint" and self.gate == "channel":
             raise ValueError(
-                f"{name}: gate='channel' needs rule='gate', got rule='joint', whose softmax has "
-                f"one weight for all channels"
+                f"{self._name}: gate='channel' needs rule='gate', got rule='joint', whose softmax "
+                f"has one weight for all channels"
             )
 
-    def _create_parameters(self, bias: bool, factory: dict) -> None:
-        embed_dim, kv_dim = self.embed_dim, self.num_kv_heads * self.head_dim
-        shapes: dict[str, tuple[int, ...] | None] = dict.fromkeys(
-            ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight", "in_proj_bias")
-        )
-        if self.kdim == embed_dim and self.vdim == embed_dim:
-            shapes["in_proj_weight"] = (embed_dim + 2 * kv_dim, embed_dim)
-        else:
-            shapes["q_proj_weight"] = (embed_dim, embed_dim)
-            shapes["k_proj_weight"] = (kv_dim, self.kdim)
-            shapes["v_proj_weight"] = (kv_dim, self.vdim)
-        if bias:
-            shapes["in_proj_bias"] = (embed_dim + 2 * kv_dim,)
-        shapes["mix"] = (self.num_heads, 1, self.head_dim if self.gate == "channel" else 1)
-        shapes["mix_weight"] = (self.num_heads, embed_dim) if self.gate == "token" else None
-        for name, shape in shapes.items():
-            parameter = None if shape is None else nn.Parameter(torch.empty(shape, **factory))
-            self.register_parameter(name, parameter)
-        self.out_proj = nn.Linear(embed_dim, embed_dim, bias=bias, **factory)
+    def _create_gate(self, bias: bool, factory: dict) -> None:
+        mix_width = self.head_dim if self.gate == "channel" else 1
+        self.mix = nn.Parameter(torch.empty(self.num_heads, 1, mix_width, **factory))
+        mix_weight = None
+        if self.gate == "token":
+            mix_weight = nn.Parameter(torch.empty(self.num_heads, self.embed_dim, **factory))
+        self.register_parameter("mix_weight", mix_weight)
         own = self.memory_projection == "own"
-        self.memory_k_proj = nn.Linear(embed_dim, kv_dim, bias=bias, **factory) if own else None
-        self.memory_v_proj = nn.Linear(embed_dim, kv_dim, bias=bias, **factory) if own else None
+        widths = (self.embed_dim, self.num_kv_heads * self.head_dim)
+        self.memory_k_proj = nn.Linear(*widths, bias=bias, **factory) if own else None
+        self.memory_v_proj = nn.Linear(*widths, bias=bias, **factory) if own else None
 
     def reset_parameters(self) -> None:
         """Initial values, drawn as `torch.nn.MultiheadAttention` draws them."""
-        for weight in (
-            self.in_proj_weight,
-            self.q_proj_weight,
-            self.k_proj_weight,
-            self.v_proj_weight,
-        ):
-            if weight is not None:
-                nn.init.xavier_uniform_(weight)
-        if self.in_proj_bias is not None:
-            nn.init.zeros_(self.in_proj_bias)
-            nn.init.zeros_(self.out_proj.bias)
+        self._reset_projections()
         for projection in (self.memory_k_proj, self.memory_v_proj):
             if projection is not None:
                 nn.init.xavier_uniform_(projection.weight)
@@ -309,20 +258,11 @@ class MixedMultiheadAttention(nn.Module):
         """
         self._check_input(query, key, value)
         batched = query.dim() == 3
-        # Which inputs are one tensor is lost by the transposes below.
-        same_key, same_value = key is query, value is key
-        if not batched:
-            query, key, value = query.unsqueeze(0), key.unsqueeze(0), value.unsqueeze(0)
-            if key_padding_mask is not None:
-                key_padding_mask = key_padding_mask.unsqueeze(0)
-        elif not self.batch_first:
-            query, key, value = query.transpose(0, 1), key.transpose(0, 1), value.transpose(0, 1)
-        mask = sequence_mask(
-            key_padding_mask, attn_mask, query.size(0), self.num_heads, query.size(1), key.size(1)
-        )
+        query, key, value = self._batch_first(query, key, value)
+        mask = self._mask(query, key, key_padding_mask, attn_mask, batched)
         is_causal = is_causal and attn_mask is None
         mix = self._mix_logit(query)
-        query, key, value = self._project(query, key, value, same_key and same_value)
+        query, key, value = self._project(query, key, value)
         output, self_lse, memory_lse = mixed_attention(
             query,
             key,
@@ -338,7 +278,6 @@ class MixedMultiheadAttention(nn.Module):
             enable_gqa=self.num_kv_heads != self.num_heads,
             return_lse=True,
         )
-        output = self.out_proj(output.transpose(1, 2).flatten(2))
         weights: Tensor | None = None
         if need_weights:
             weights = mixed_attention_weights(
@@ -353,13 +292,8 @@ class MixedMultiheadAttention(nn.Module):
                 memory_mask,
                 is_causal,
             )
-            weights = weights.mean(dim=1) if average_attn_weights else weights
-            weights = weights if batched else weights.squeeze(0)
-        if not batched:
-            output = output.squeeze(0)
-        elif not self.batch_first:
-            output = output.transpose(0, 1)
-        return output, weights
+            weights = self._returned_weights(weights, batched, average_attn_weights)
+        return self._output(output, batched), weights
 
     @torch.jit.export
     def project_memory(self, memory: Tensor) -> tuple[Tensor, Tensor]:
@@ -373,8 +307,7 @@ class MixedMultiheadAttention(nn.Module):
         """
         if memory.dim() != 2 and memory.dim() != 3:
             raise ValueError(
-                f"MixedMultiheadAttention: memory must have 2 or 3 dimensions, got "
-                f"{shape_text(memory)}"
+                f"{self._name}: memory must have 2 or 3 dimensions, got {shape_text(memory)}"
             )
         if self.memory_k_proj is not None and self.memory_v_proj is not None:
             self._check_memory_width(memory, self.embed_dim)
@@ -382,54 +315,12 @@ class MixedMultiheadAttention(nn.Module):
         else:
             if self.kdim != self.vdim:
                 raise ValueError(
-                    f"MixedMultiheadAttention: memory_projection='shared' needs one width for "
+                    f"{self._name}: memory_projection='shared' needs one width for "
                     f"keys and values, got kdim={self.kdim} and vdim={self.vdim}"
                 )
             self._check_memory_width(memory, self.kdim)
             key, value = self._project_key(memory), self._project_value(memory)
         return self._key_heads(key), self._key_heads(value)
-
-    def _project(
-        self, query: Tensor, key: Tensor, value: Tensor, same: bool
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """The heads ``(B, Hq or H, L or S, D)`` of a batch; ``same``: all three are one tensor."""
-        in_proj_weight = self.in_proj_weight
-        kv_dim = self.num_kv_heads * self.head_dim
-        if same and in_proj_weight is not None:
-            projected = F.linear(query, in_proj_weight, self.in_proj_bias)
-            query, key, value = projected.split([self.embed_dim, kv_dim, kv_dim], dim=-1)
-        else:
-            query = self._project_query(query)
-            key, value = self._project_key(key), self._project_value(value)
-        query = query.unflatten(-1, [self.num_heads, self.head_dim]).transpose(-3, -2)
-        return query, self._key_heads(key), self._key_heads(value)
-
-    def _key_heads(self, projected: Tensor) -> Tensor:
-        return projected.unflatten(-1, [self.num_kv_heads, self.head_dim]).transpose(-3, -2)
-
-    def _project_query(self, query: Tensor) -> Tensor:
-        return self._project_rows(query, self.q_proj_weight, 0, self.embed_dim)
-
-    def _project_key(self, key: Tensor) -> Tensor:
-        kv_dim = self.num_kv_heads * self.head_dim
-        return self._project_rows(key, self.k_proj_weight, self.embed_dim, kv_dim)
-
-    def _project_value(self, value: Tensor) -> Tensor:
-        kv_dim = self.num_kv_heads * self.head_dim
-        return self._project_rows(value, self.v_proj_weight, self.embed_dim + kv_dim, kv_dim)
-
-    def _project_rows(
-        self, tokens: Tensor, separate_weight: Tensor | None, start: int, length: int
-    ) -> Tensor:
-        """Projects by ``separate_weight``, or by these rows of the packed weight."""
-        in_proj_weight, bias = self.in_proj_weight, self.in_proj_bias
-        weight = separate_weight
-        if in_proj_weight is not None:
-            weight = in_proj_weight.narrow(0, start, length)
-        assert weight is not None
-        if bias is not None:
-            bias = bias.narrow(0, start, length)
-        return F.linear(tokens, weight, bias)
 
     def _mix_logit(self, query: Tensor) -> Tensor:
         """The gate's logit for the op; ``query`` is ``(B, L, E)``, before projection."""
@@ -438,47 +329,17 @@ class MixedMultiheadAttention(nn.Module):
             return self.mix
         return self.mix + F.linear(query, mix_weight).transpose(1, 2).unsqueeze(-1)
 
-    def _check_input(self, query: Tensor, key: Tensor, value: Tensor) -> None:
-        if query.dim() != 2 and query.dim() != 3:
-            raise ValueError(
-                f"MixedMultiheadAttention: query must have 2 or 3 dimensions, got "
-                f"{shape_text(query)}"
-            )
-        for name, tensor, width in (
-            ("query", query, self.embed_dim),
-            ("key", key, self.kdim),
-            ("value", value, self.vdim),
-        ):
-            if tensor.dim() != query.dim() or tensor.size(-1) != width:
-                raise ValueError(
-                    f"MixedMultiheadAttention: {name} must have {query.dim()} dimensions, the last "
-                    f"of {width}, got {shape_text(tensor)}"
-                )
-
     def _check_memory_width(self, memory: Tensor, width: int) -> None:
         if memory.size(-1) != width:
             raise ValueError(
-                f"MixedMultiheadAttention: memory must be (M, {width}) or (B, M, {width}), got "
+                f"{self._name}: memory must be (M, {width}) or (B, M, {width}), got "
                 f"{shape_text(memory)}"
             )
 
-    def _load_from_state_dict(self, state_dict: dict, prefix: str, *args) -> None:
-        """Lets a state dict of torch.nn.MultiheadAttention load: it has none of our additions."""
-        additions = {
-            prefix + name: parameter.detach()
-            for name, parameter in self.named_parameters()
-            if name.startswith(("mix", "memory_"))
-        }
-        if not additions.keys() & state_dict.keys():
-            state_dict.update(additions)
-        super()._load_from_state_dict(state_dict, prefix, *args)
-
     def extra_repr(self) -> str:
         return (
-            f"embed_dim={self.embed_dim}, num_heads={self.num_heads}, "
-            f"num_kv_heads={self.num_kv_heads}, dropout={self.dropout}, kdim={self.kdim}, "
-            f"vdim={self.vdim}, batch_first={self.batch_first}, rule={self.rule!r}, "
-            f"gate={self.gate!r}, memory_projection={self.memory_projection!r}"
+            f"{super().extra_repr()}, rule={self.rule!r}, gate={self.gate!r}, "
+            f"memory_projection={self.memory_projection!r}"
         )
 
 

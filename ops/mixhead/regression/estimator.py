@@ -10,15 +10,12 @@ from sklearn.base import BaseEstimator, MultiOutputMixin, RegressorMixin
 from sklearn.utils.validation import _check_sample_weight, check_is_fitted, validate_data
 from torch import Tensor
 
+from mixhead._kernels import KERNELS
 from mixhead.functional import kernel_attention
 from mixhead.regression import bandwidth as selection
 from mixhead.regression import criteria
 from mixhead.regression.smoother import Smoother
 
-KERNELS = (
-    "dot", "cosine", "gaussian", "laplacian", "matern32", "matern52", "cauchy", "epanechnikov",
-    "tricube", "boxcar",
-)  # fmt: skip
 CRITERIA = ("loo", "aicc", "silverman")
 #: Weights of this many query-point pairs are held at once for standard errors.
 _PAIRS = 2**21
