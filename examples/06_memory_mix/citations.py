@@ -4,11 +4,13 @@ Reporters (abbreviation, full name) and example citations come from the PyPI pac
 (BSD-2, Free Law Project); the English around a citation is CPython's own pydoc_data.topics (PSF).
 """
 
+import random
 import re
 from dataclasses import dataclass
 from pydoc_data.topics import topics
 
 import torch
+from inventor import Inventor
 from reporters_db import REPORTERS
 from torch import Tensor
 
@@ -92,9 +94,10 @@ class Library:
         order = torch.randperm(len(self.reporters), generator=torch.Generator().manual_seed(seed))
         self.held_out = order[:held_out].sort().values
         self.known = order[held_out:].sort().values
+        self.unseen = {self.reporters[entry].abbreviation for entry in self.held_out.tolist()}
         # Neither an abbreviation nor a name of a held-out entry occurs in training.
-        unseen = torch.isin(self.name_of_entry[self.known], self.name_of_entry[self.held_out])
-        self.trained = self.known[~unseen]
+        shared = torch.isin(self.name_of_entry[self.known], self.name_of_entry[self.held_out])
+        self.trained = self.known[~shared]
         # The same read from their ends: "Mich." is a neighbour of "Rich." there.
         backwards = sorted(
             self.trained.tolist(), key=lambda i: self.reporters[i].abbreviation[::-1]
@@ -117,23 +120,48 @@ class Batch:
 
 
 class Texts:
-    """Draws texts: a citation among filler, with the distracting numbers the filler has."""
+    """Draws texts: a citation among filler, with the distracting numbers the filler has. Where an
+    inventor is given, for training, numbers and words of abbreviations are strewn in."""
 
-    def __init__(self, sentences: list[str], length: int, words: int, seed: int):
+    def __init__(
+        self,
+        sentences: list[str],
+        length: int,
+        words: int,
+        seed: int,
+        inventor: Inventor | None = None,
+    ):
         self.sentences = sentences
         self.length = length
         self.words = words
-        self.generator = torch.Generator().manual_seed(seed)
-
-    def integer(self, high: int) -> int:
-        return int(torch.randint(high, (), generator=self.generator))
+        self.inventor = inventor
+        self.draw = random.Random(seed)
 
     def number(self, digits: int) -> str:
-        return str(1 + self.integer(10 ** (1 + self.integer(digits)) - 1))
+        return str(1 + self.draw.randrange(10 ** self.draw.randint(1, digits) - 1))
+
+    def written_number(self) -> str:
+        form = self.draw.choice(["{0}", "{0}", "{0},", "{0}.", "({0})", "{1}.{0}", "{0}-{1}"])
+        return form.format(self.number(5), self.number(2))
+
+    def strew(self, words: list[str], inventor: Inventor) -> None:
+        """Inserts what is easily taken for a part of a citation."""
+        for _ in range(self.draw.randint(1, 3)):
+            place = self.draw.randint(1, len(words))
+            if self.draw.random() < 0.3:
+                words.insert(place, inventor.word())
+            else:
+                # "7 items 12" is no citation: a reporter has a capital.
+                if self.draw.random() < 0.5 and "".join(words[place : place + 1]).islower():
+                    words.insert(place + 1, self.written_number())
+                words.insert(place, self.written_number())
 
     def filler(self, length: int) -> str:
         """At most that many characters of a sentence, cut at a blank."""
-        sentence = self.sentences[self.integer(len(self.sentences))]
+        words = self.draw.choice(self.sentences).split()
+        if self.inventor and self.draw.random() < 0.6:
+            self.strew(words, self.inventor)
+        sentence = " ".join(words)
         if len(sentence) > length:
             sentence = sentence[:length].rpartition(" ")[0]
         return sentence
@@ -141,10 +169,10 @@ class Texts:
     def text(self, citation: str) -> tuple[str, str]:
         """The citation with filler before and after it (one text in eight has none),
         and that filler."""
-        if self.integer(8) == 0:
+        if self.draw.randrange(8) == 0:
             return citation, ""
         room = self.length - len(citation) - 2
-        before = self.filler(self.integer(room + 1))
+        before = self.filler(self.draw.randint(0, room))
         after = self.filler(room - len(before))
         return f"{before} {citation} {after}".strip(), f"{before} {after}"
 

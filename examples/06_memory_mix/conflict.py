@@ -53,7 +53,7 @@ def conflict_accuracy(
     generator = torch.Generator().manual_seed(seed)
     reader = ConflictReader(model, gate)
     with torch.no_grad():
-        keys = model.in_citation(library.abbreviations)
+        keys = model.about(library.abbreviations)
         values = model.encoder.string(library.names)
 
     def draw(reporters: Tensor, count: int) -> tuple[Tensor, Tensor]:

@@ -5,21 +5,12 @@ from pathlib import Path
 import matplotlib
 import torch
 from citations import QUESTIONS
-from matplotlib.figure import Figure
-from shared.example import atomic
+from matplotlib import pyplot as plt
+from shared.figures import save_figure
 from torch import Tensor
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 
 COLORS = ("#c2410c", "#0369a1", "#0f766e")
 COLUMNS = 72
-
-
-def save(figure: Figure, path: Path) -> None:
-    with atomic(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=150, bbox_inches="tight")
-    plt.close(figure)
 
 
 def draw_gates(course: list[list[float]], gate: Tensor, path: Path) -> None:
@@ -43,7 +34,7 @@ def draw_gates(course: list[list[float]], gate: Tensor, path: Path) -> None:
     right.annotate("think: reads the text", (1.5, 0.09), ha="center", color="0.35")
     for axis in (left, right):
         axis.spines[["top", "right"]].set_visible(False)
-    save(figure, path)
+    save_figure(figure, path)
 
 
 def draw_text(axis, text: str, weights: Tensor, color: str) -> None:
@@ -99,4 +90,4 @@ def draw_reads(text: str, finder: Tensor, mixer: Tensor, entries: list[str], pat
             axis.tick_params(labelsize=6)
             axis.spines[["top", "right", "left"]].set_visible(False)
             axis.set_title(f"... and {share:.2f} in the memory", loc="left", fontsize=8)
-    save(figure, path)
+    save_figure(figure, path)

@@ -9,58 +9,54 @@ FORMAT = "mixhead example 06_memory_mix, version 1"
 
 
 class CharacterEncoder(nn.Module):
-    """Bytes to vectors: what stands at a place (5 characters), and its surroundings (45)."""
+    """Bytes to vectors: what stands at a place (5 characters), and its surroundings (65)."""
 
     def __init__(self, width: int):
         super().__init__()
-        self.embedding = nn.Embedding(128, width, padding_idx=0)
-        self.near = nn.ModuleList(nn.Conv1d(width, width, 3, padding=1) for _ in range(2))
-        self.far = nn.ModuleList(
-            nn.Conv1d(width, width, 5, padding=2 * step, dilation=step) for step in (1, 3, 6)
-        )
+        self.letters = nn.EmbeddingBag(5 * 128, width, mode="sum")
+        self.mix = nn.Linear(width, width)
         self.content_norm = nn.LayerNorm(width)
+        # Half the channels: most of a training step is spent here.
+        self.narrow = nn.Linear(width, width // 2)
+        self.far = nn.ModuleList(
+            nn.Conv1d(width // 2, width // 2, 5, padding=2 * step, dilation=step)
+            for step in (1, 2, 4, 8)
+        )
+        self.widen = nn.Linear(width // 2, width)
         self.context_norm = nn.LayerNorm(width)
+
+    def near(self, text: Tensor) -> Tensor:
+        """Of the written characters of (B, L), in their order, a vector each (n, E): of the
+        character and its neighbours, two on each side, but none beyond a blank. The ends of a text
+        and padding read as blanks, so a string has the same vectors alone as among words."""
+        blank, written = ord(" "), text > 0
+        readable = text.long().clamp(max=127).masked_fill(~written, blank)
+        windows = F.pad(readable, [2, 2], value=float(blank)).unfold(1, 5, 1)[written]
+        windows[:, 0].masked_fill_(windows[:, 1] == blank, blank)
+        windows[:, 4].masked_fill_(windows[:, 3] == blank, blank)
+        hidden = self.letters(windows + 128 * torch.arange(5))
+        return hidden + F.gelu(self.mix(F.gelu(hidden)))
 
     def forward(self, text: Tensor) -> tuple[Tensor, Tensor]:
         """uint8 (B, L) to content (B, L, E) and context (B, L, E)."""
-        written = (text > 0).unsqueeze(1)
-        hidden = self.near_features(text)
-        content = self.content_norm(hidden.transpose(1, 2))
+        written = text > 0
+        near = self.near(text)
+        hidden = near.new_zeros([text.size(0), text.size(1), near.size(1)])
+        hidden[written] = near
+        content = self.content_norm(hidden)
+        hidden = self.narrow(hidden).transpose(1, 2)
         for convolution in self.far:
-            hidden = (hidden + F.gelu(convolution(hidden))) * written
-        return content, self.context_norm(hidden.transpose(1, 2))
-
-    def near_features(self, text: Tensor) -> Tensor:
-        written = (text > 0).unsqueeze(1)
-        hidden = self.embedding(text.long().clamp(max=127)).transpose(1, 2)
-        for convolution in self.near:
-            hidden = (hidden + F.gelu(convolution(hidden))) * written
-        return hidden
+            hidden = (hidden + F.gelu(convolution(hidden))) * written.unsqueeze(1)
+        return content, self.context_norm(self.widen(hidden.transpose(1, 2)))
 
     @torch.jit.export
     def string(self, strings: Tensor) -> Tensor:
-        """One vector a string, (N, W) to (N, E): the mean content of its characters, read between
-        two blanks as in a text."""
-        strings = framed(strings, " ")
-        content = self.content_norm(self.near_features(strings).transpose(1, 2))
-        written = (strings > 0).unsqueeze(-1)
-        return (content * written).sum(1) / written.sum(1)
-
-
-def framed(strings: Tensor, edge: str) -> Tensor:
-    """Bytes (N, W) to (N, W + 2n): `edge` of n characters before each, and mirrored after it."""
-    edge_bytes = torch.tensor([ord(character) for character in edge], dtype=strings.dtype)
-    count, size = strings.size(0), edge_bytes.size(0)
-    end = (strings > 0).sum(-1, keepdim=True) + size
-    result = F.pad(strings, [size, size])
-    result[:, :size] = edge_bytes
-    return result.scatter(1, end + torch.arange(size), edge_bytes.flip(0).expand(count, -1))
-
-
-def start_sharp(layer: MixedMultiheadAttention) -> None:
-    """Doubles the initial W_Q and W_K: attention that starts nearly uniform learns slowly to tell
-    one entry from many."""
-    layer.in_proj_weight.detach()[: 2 * layer.embed_dim].mul_(2.0)
+        """One vector a string, (N, W) to (N, E): the mean content of its characters."""
+        written = strings > 0
+        content = self.content_norm(self.near(strings))
+        row = written.nonzero()[:, 0]
+        total = content.new_zeros([strings.size(0), content.size(1)]).index_add(0, row, content)
+        return total / written.sum(1, keepdim=True).clamp(min=1)
 
 
 def start_as_lookup(layer: MixedMultiheadAttention) -> None:
@@ -106,8 +102,6 @@ class MemoryMix(nn.Module):
         self.found_norm = nn.LayerNorm(width)
         self.mixer = MixedMultiheadAttention(width, heads, batch_first=True, gate="token")
         self.log_sharpness = nn.Parameter(torch.tensor(10.0).log())
-        start_sharp(self.finder)
-        start_sharp(self.mixer)
         start_as_lookup(self.mixer)
 
         self.bank = MemoryBank(heads, capacity, width // heads)
@@ -128,15 +122,17 @@ class MemoryMix(nn.Module):
         found, weights = self.finder(
             question, context, content, text == 0, need_weights, None, False
         )
-        return self.found_norm(found + question), content, context, weights
+        return self.found_norm(found) + question, content, context, weights
 
-    def in_citation(self, abbreviations: Tensor) -> Tensor:
-        """What the first question finds (M, E) where an abbreviation (M, W) is cited alone."""
-        return self.find(framed(abbreviations, "1 "), False)[0][:, 0]
+    def about(self, abbreviations: Tensor) -> Tensor:
+        """What the first question finds (M, E) where the finder reads the characters of an
+        abbreviation (M, W), all alike and nothing else."""
+        value = self.finder.project_memory(self.encoder.string(abbreviations))[1]
+        return self.found_norm(self.finder.out_proj(joined(value))) + self.question.weight[0]
 
     def key(self, abbreviations: Tensor) -> Tensor:
         """The memory keys (H, M, D) of abbreviations, bytes (M, W): made as the queries are."""
-        return self.mixer.project_memory(self.in_citation(abbreviations))[0]
+        return self.mixer.project_memory(self.about(abbreviations))[0]
 
     def value(self, strings: Tensor) -> Tensor:
         """The memory values (H, N, D) of strings, bytes (N, W)."""

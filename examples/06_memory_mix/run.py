@@ -27,14 +27,15 @@ from citations import (  # noqa: E402
     load_sentences,
 )
 from conflict import conflict_accuracy  # noqa: E402
+from inventor import Inventor  # noqa: E402
 from model import MemoryMix  # noqa: E402
-from shared.example import argument_parser, atomic, run  # noqa: E402
+from shared.example import argument_parser, run, save_model  # noqa: E402
 from training import answers_right, area_under_curve, fill, train, with_gate  # noqa: E402
 
 NEW_ENTRY = ("Reykj. Rep.", "Reykjavik District Reports")
 CITATIONS = ["410 U.S. 113", "The court in 304 F.3d 1064 held otherwise.", "12 Reykj. Rep. 345"]
 QUICK = {
-    "steps": 120,
+    "steps": 160,
     "batch": 32,
     "memory": 48,
     "reporters": 120,
@@ -47,8 +48,8 @@ QUICK = {
 def arguments() -> argparse.Namespace:
     parser = argument_parser(FOLDER, __doc__.splitlines()[0])
     sizes = {
-        "steps": (1500, "training steps"),
-        "batch": (40, "texts a step"),
+        "steps": (1800, "training steps"),
+        "batch": (48, "texts a step"),
         "memory": (192, "entries in the memory of a training step"),
         "reporters": (0, "reporters to use; 0: all of reporters-db"),
         "held-out": (64, "reporters kept from training, for new_entry_found"),
@@ -138,13 +139,6 @@ def draw(model: MemoryMix, course: list, gate: torch.Tensor, length: int, out: P
     figures.draw_reads(text, finder[0], mixer[0], entries, out / "reads.png")
 
 
-def save(model: MemoryMix, path: Path) -> None:
-    model.digest = model.current_digest()
-    scripted = torch.jit.script(model)
-    with atomic(path) as temporary:
-        scripted.save(temporary)
-
-
 def main() -> dict:
     # TorchScript is what a C++ app loads without Python; torch 2.15 announces its end, and has it.
     warnings.filterwarnings("ignore", message=r"`torch\.jit\.\w+` is (deprecated|not supported)")
@@ -153,14 +147,14 @@ def main() -> dict:
     library = Library(args.held_out, args.seed, args.reporters)
     print(f"{len(library.reporters)} reporters of reporters-db, {len(library.held_out)} held out")
     train_sentences, test_sentences = load_sentences()
-    # Sentences with numbers of their own are rare, and the ones to stumble over.
-    train_sentences += 4 * [s for s in train_sentences if any(c.isdigit() for c in s)]
-    train_texts = Texts(train_sentences, args.length, args.words, args.seed)
+    trained = [library.reporters[entry].abbreviation for entry in library.trained.tolist()]
+    inventor = Inventor(trained, train_sentences, ABBREVIATION_WIDTH, args.seed)
+    train_texts = Texts(train_sentences, args.length, args.words, args.seed, inventor)
     test_texts = Texts(test_sentences, args.length, args.words, args.seed + 1)
     model = MemoryMix(
         args.width, args.heads, args.capacity, NAME_WIDTH, ABBREVIATION_WIDTH, WORD_WIDTH
     )
-    course = train(model, library, train_texts, args)
+    course = train(model, library, inventor, train_texts, args)
     model.eval()
     result, gate = evaluate(model, library, test_texts, args)
     for name in ("token", "head"):
@@ -182,7 +176,8 @@ def main() -> dict:
     )
 
     path = args.out / "memory_mix.pt"
-    save(model, path)
+    model.digest = model.current_digest()
+    save_model(model, path)
     draw(model, course, gate, args.length, args.out)
     print("building the C++ app ...", flush=True)
     binary = app.build(args.app_build or args.out / "app")

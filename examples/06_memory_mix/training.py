@@ -6,7 +6,8 @@ import math
 import mixhead
 import torch
 import torch.nn.functional as F
-from citations import Batch, Library, Texts
+from citations import ABBREVIATION_WIDTH, Batch, Library, Texts, to_bytes
+from inventor import Inventor
 from model import MemoryMix
 from torch import Tensor
 from tqdm import tqdm
@@ -18,6 +19,21 @@ def drawn_neighbours(order: Tensor, count: int, generator: torch.Generator, run:
     starts = torch.randperm(len(order) // run, generator=generator)[: math.ceil(count / run)]
     shuffled = torch.rand(len(starts), run, generator=generator).argsort(1)
     return order[(starts[:, None] * run + shuffled).flatten()[:count]]
+
+
+def drawn_abbreviations(
+    library: Library, inventor: Inventor, step: int, count: int, generator: torch.Generator
+) -> list[str]:
+    """About `count`, none of them held out: a half are invented or, every other step, real; the
+    others are like those but for a character."""
+    if step % 2:
+        half = [inventor.abbreviation() for _ in range(count // 2)]
+    else:
+        order = library.trained if step % 4 else library.trained_backwards
+        entries = drawn_neighbours(order, count // 2, generator).tolist()
+        half = [library.reporters[entry].abbreviation for entry in entries]
+    alike = [inventor.look_alike(abbreviation) for abbreviation in half]
+    return [a for a in dict.fromkeys(half + alike) if a not in library.unseen]
 
 
 def scores(model: MemoryMix, output: Tensor, batch: Batch, name_codes: Tensor) -> Tensor:
@@ -34,7 +50,9 @@ def right_answers(batch: Batch, name: Tensor) -> Tensor:
     return torch.stack([batch.words.size(1) + name, volume, volume + 1], dim=1)
 
 
-def train(model: MemoryMix, library: Library, texts: Texts, args) -> list[list[float]]:
+def train(
+    model: MemoryMix, library: Library, inventor: Inventor, texts: Texts, args
+) -> list[list[float]]:
     """Trains on memories drawn anew for each step: other entries, and a random name for each
     abbreviation, so that only a head that reads the memory can answer. Returns the gates' course:
     [step, gate for reporter, volume, page]."""
@@ -47,27 +65,29 @@ def train(model: MemoryMix, library: Library, texts: Texts, args) -> list[list[f
     progress = tqdm(range(args.steps), desc="train", unit="step", mininterval=0.5)
     for step in progress:
         # From 4 entries to all of them in the first half: retrieval is learned among few.
+        # Texts grow too, from hardly more than a citation: what to find in them is learned there.
+        texts.length = round(args.length * min(1.0, 0.4 + 0.8 * step / args.steps))
         growth = (args.memory / 4) ** min(1.0, 2 * step / args.steps)
         size = min(max(4, round(4 * growth)), len(library.trained_names) // 8 * 8)
-        order = library.trained if step % 2 else library.trained_backwards
-        entries = drawn_neighbours(order, size, generator)
-        names = drawn_neighbours(library.trained_names, size, generator)
+        abbreviations = drawn_abbreviations(library, inventor, step, size, generator)
+        size = len(abbreviations)
+        names = library.names[drawn_neighbours(library.trained_names, size, generator)]
         cited = torch.randint(size, (args.batch,), generator=generator)
-        batch = texts.batch(library.citable(entries[cited]))
-        key, value = model.key(library.abbreviations[entries]), model.value(library.names[names])
-        output, _, _ = model.read(batch.text, key, value, False)
-        logits = scores(model, output, batch, model.code(value))
-        logits = logits * model.log_sharpness.exp()
-        loss = F.cross_entropy(logits.flatten(0, 1), right_answers(batch, cited).flatten())
+        batch = texts.batch([(i, abbreviations[i]) for i in cited.tolist()])
+        key = model.key(to_bytes(abbreviations, ABBREVIATION_WIDTH))
+        value = model.value(names)
+        show = step % max(1, args.steps // 100) == 0 or step == args.steps - 1
+        output, _, weights = model.read(batch.text, key, value, show)
+        cosines = scores(model, output, batch, model.code(value)).flatten(0, 1)
+        right = right_answers(batch, cited).flatten()
+        loss = F.cross_entropy(cosines * model.log_sharpness.exp(), right)
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()
-        if step % max(1, args.steps // 100) == 0 or step == args.steps - 1:
-            with torch.no_grad():
-                _, _, weights = model.read(batch.text, key, value, True)
-            gate = weights[..., batch.text.size(1) :].sum(-1).mean((0, 1)).tolist()
+        if weights is not None:
+            gate = weights.detach()[..., batch.text.size(1) :].sum(-1).mean((0, 1)).tolist()
             gates.append([step + 1, *gate])
             progress.set_postfix(loss=f"{loss.item():.3f}", memory=size, gate=f"{gate[0]:.2f}")
     return gates

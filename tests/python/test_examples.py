@@ -38,11 +38,12 @@ class TestMemoryMix:
             "new_entry_found", "conflict_token_gate", "conflict_scalar_gate", "gate_moved",
             "cpp_max_error",
         }  # fmt: skip
-        # A few seconds of training: the full figures are those of the default run.
-        assert figures["fact_accuracy"] >= 0.8
-        assert figures["swap_follows_new_memory"] >= 0.8
-        assert figures["new_entry_found"] >= 0.7
-        assert figures["local_accuracy"] >= 0.9
+        # A few seconds of training: the full figures are those of the default run. Seen here: 0.97,
+        # 0.96, 0.98 and 0.995.
+        assert figures["fact_accuracy"] >= 0.85
+        assert figures["swap_follows_new_memory"] >= 0.85
+        assert figures["new_entry_found"] >= 0.75
+        assert figures["local_accuracy"] >= 0.95
         assert figures["gate_auc"] >= 0.99
         assert figures["gate_moved"] >= 0.9
         assert figures["conflict_token_gate"] >= 0.9
@@ -50,10 +51,10 @@ class TestMemoryMix:
 
     def test_controls_fail(self, memory_mix):
         figures = memory_mix[2]
-        # Chance is 1 in 104 names; some abbreviations are like the name they stand for, and 0.09 of
-        # 100 questions was seen. With its memory the model answers 0.9 of them.
-        assert figures["gate_zero_facts"] <= 0.2
-        assert figures["empty_memory_facts"] <= 0.2
+        # Chance is 1 in 104 names; some abbreviations are like the name they stand for, and 0.03 of
+        # 100 questions was seen.
+        assert figures["gate_zero_facts"] <= 0.15
+        assert figures["empty_memory_facts"] <= 0.15
         assert figures["gate_one_local"] <= 0.05
         assert figures["conflict_scalar_gate"] <= 0.6
 
