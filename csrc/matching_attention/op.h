@@ -20,7 +20,8 @@ struct MatchingAttentionOptions {
   /// Log-kernel of every point with a row and a column more that take what stays unmatched: () or
   /// (Hq,).
   std::optional<at::Tensor> dustbin = std::nullopt;
-  /// Sinkhorn iterations at most; 0 is the row softmax.
+  /// Sinkhorn iterations at most; 0 is the row softmax. After the first 50, where they crawl, every
+  /// second one is a Newton step (Brauer et al. 2017).
   int64_t iterations = 50;
   /// Ends the iterations once no column misses its mass by more than this share of it.
   double tolerance = 1e-6;

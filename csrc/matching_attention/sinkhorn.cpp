@@ -13,7 +13,7 @@ namespace mixhead::matching {
 namespace {
 
 constexpr double kInfinity = std::numeric_limits<double>::infinity();
-constexpr int64_t kPlainIterations = 50;
+constexpr int64_t kPlainIterations = 50;  // before the first step of Newton's method
 constexpr int kSolveIterations = 1000;
 
 Tensor inner_product(const Tensor& x, const Tensor& y) { return (x * y).sum(-1, /*keepdim=*/true); }

@@ -562,7 +562,8 @@ def matching_attention(
             so that its proportions count. None means ``L / S`` each. With a dustbin the masses
             count as they are, and None means 1 each.
         dustbin: score of leaving a point unmatched, ``()`` or ``(Hq,)``.
-        iterations: Sinkhorn iterations at most.
+        iterations: Sinkhorn iterations at most. After the first 50, where they crawl, every second
+            one is a Newton step (Brauer et al., "A Sinkhorn-Newton method", 2017).
         tolerance: ends the iterations once no column misses its mass by more than this share.
 
     Returns:
