@@ -1,6 +1,7 @@
 // The iterations that find the potentials, and the linear system of their derivative. Every device;
 // each product with the plan is a pass of kernel_attention.
 #include <ATen/TensorOperators.h>
+#include <ATen/ops/minimum.h>
 #include <ATen/ops/where.h>
 #include <ATen/ops/zeros_like.h>
 #include <torch/library.h>
@@ -14,7 +15,7 @@ namespace {
 
 constexpr double kInfinity = std::numeric_limits<double>::infinity();
 constexpr int64_t kPlainIterations = 50;  // before the first step of Newton's method
-constexpr int kSolveIterations = 1000;
+constexpr int kSolveIterations = 1000, kPatience = 50;
 
 Tensor inner_product(const Tensor& x, const Tensor& y) { return (x * y).sum(-1, /*keepdim=*/true); }
 
@@ -34,10 +35,12 @@ Tensor conjugate_gradients(
   auto direction = residual * preconditioner;
   auto rho = inner_product(residual, direction);
   const auto enough = rho * (tolerance * tolerance);
+  auto least = rho, since_least = zeros;  // rounding may end the progress before the tolerance does
   for (int i = 0; i < kSolveIterations; ++i) {
     const auto product = matrix.times(direction);
     const auto curvature = inner_product(direction, product);
-    const Tensor active = (rho > enough).logical_and(curvature > 0);
+    const Tensor active =
+        (rho > enough).logical_and(curvature > 0).logical_and(since_least < kPatience);
     if (!active.any().item().toBool()) break;
     const auto step = at::where(active, rho / curvature, zeros);
     x = x + step * direction;
@@ -46,6 +49,8 @@ Tensor conjugate_gradients(
     const auto next = inner_product(residual, scaled);
     direction = scaled + at::where(active, next / rho, zeros) * direction;
     rho = next;
+    since_least = at::where(rho < least, zeros, since_least + 1.0);
+    least = at::minimum(least, rho);
   }
   return in_range(x) + rho * 0.0;  // what is not finite ends the loop, and is not swallowed
 }
@@ -79,6 +84,7 @@ Tensor sinkhorn(
   if (column.numel() == 0) return column;
   Tensor last, crawls, retreat;
   int64_t next_newton = kPlainIterations, pause = 2;
+  const double rounding = column.scalar_type() == at::kDouble ? 1e-11 : 1e-5;
   for (int64_t i = 0; i < iterations; ++i) {
     const auto row = potential(log_row_mass, log_sums(points, column));
     auto next = potential(log_column_mass, log_sums(transposed, row));
@@ -93,7 +99,7 @@ Tensor sinkhorn(
       if (worse.any().item().toBool()) next_newton = i + (pause *= 2);
       retreat = Tensor();
     } else if (i >= next_newton) {
-      crawls = (error < 0.5).logical_and(error > 0.7 * last);
+      crawls = (error < 0.5).logical_and(error > (0.7 * last).clamp_min(rounding));
       const auto sums = (log_column_mass + column - next).exp();
       const auto lack = at::where(crawls, log_column_mass.exp() - sums, at::zeros_like(sums));
       retreat = next;

@@ -30,7 +30,7 @@ constexpr const char* kUsage =
 Tensor hungarian(const Tensor& cost) {
   const auto n = cost.size(0);
   const auto matrix = cost.to(at::kDouble).contiguous();
-  const auto at = matrix.accessor<double, 2>();
+  const auto costs = matrix.accessor<double, 2>();
   std::vector<double> row_potential(n + 1), column_potential(n + 1);
   std::vector<int64_t> row_of(n + 1), previous(n + 1);
   for (int64_t row = 1; row <= n; ++row) {
@@ -45,7 +45,7 @@ Tensor hungarian(const Tensor& cost) {
       double step = std::numeric_limits<double>::infinity();
       for (int64_t j = 1; j <= n; ++j) {
         if (visited[j]) continue;
-        const auto reduced = at[from - 1][j - 1] - row_potential[from] - column_potential[j];
+        const auto reduced = costs[from - 1][j - 1] - row_potential[from] - column_potential[j];
         if (reduced < distance[j]) distance[j] = reduced, previous[j] = column;
         if (distance[j] < step) step = distance[j], nearest = j;
       }
