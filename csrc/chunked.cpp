@@ -281,8 +281,7 @@ std::vector<Tensor> double_backward(
       incoming.push_back(part.detach().requires_grad_());
     }
     for (size_t i = 0; i < inputs.size(); ++i) {
-      // the gradient that nobody asked for is an empty tensor
-      if (!all[i] || !partners[i].defined() || partners[i].numel() == 0) continue;
+      if (!all[i] || !partners[i].defined()) continue;
       paired[i] =
           slice({partners[i], problem.operands[i].axes}, problem, chunk).to(problem.accumulate);
     }
