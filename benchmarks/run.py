@@ -13,6 +13,7 @@ from pathlib import Path
 
 import growth
 import harness
+import kernel_attention
 import matching
 import mixed_attention
 import regression
@@ -22,7 +23,12 @@ from harness import Ceilings, Result
 from tqdm import tqdm
 
 GROUPS = (
-    mixed_attention.GROUPS | growth.GROUPS | regression.GROUPS | topk_keys.GROUPS | matching.GROUPS
+    mixed_attention.GROUPS
+    | kernel_attention.GROUPS
+    | growth.GROUPS
+    | regression.GROUPS
+    | topk_keys.GROUPS
+    | matching.GROUPS
 )
 
 

@@ -58,6 +58,9 @@ TORCH_LIBRARY(mixhead, m) {
       "Tensor? seed, bool enable_gqa, Tensor output, Tensor log_mass, bool[5] output_mask) "
       "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
       {at::Tag::pt2_compliant_tag});
+  // Blocks of keys past panels of rows that the last forward on the CPU read, and skipped because
+  // they lay outside the support of a compact kernel.
+  m.def("_kernel_attention_blocks() -> (int read, int skipped)");
   // The weights (B, Hq, L, S) themselves, which no other operator stores, for who looks at them.
   m.def(
       "_kernel_attention_weights(Tensor query, Tensor key, Tensor log_mass, Tensor? bandwidth, "

@@ -3,6 +3,7 @@
 #include <stdexcept>
 #include <string>
 
+#include "cpu/regression.h"
 #include "cpu/smoother.h"
 #include "cpu/topk.h"
 
@@ -13,32 +14,34 @@ struct Set {
   const char* name;
   bool (*runs_here)();
   const Kernels& (*kernels)(Type);
+  const RegressionKernels& (*regression)(Type);
   const TopkKernels& (*topk)(Type);
 };
 
 // From the least to the best.
 constexpr Set kSets[] = {
-    {"default", [] { return true; }, detail::kernels_default, detail::topk_default},
+    {"default", [] { return true; }, detail::kernels_default, detail::regression_default,
+     detail::topk_default},
 #if defined(__x86_64__)
     {"avx2",
      [] {
        return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
               __builtin_cpu_supports("f16c");
      },
-     detail::kernels_avx2, detail::topk_avx2},
+     detail::kernels_avx2, detail::regression_avx2, detail::topk_avx2},
     {"avx512",
      [] {
        return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
               __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
      },
-     detail::kernels_avx512, detail::topk_avx512},
+     detail::kernels_avx512, detail::regression_avx512, detail::topk_avx512},
     {"avx512_bf16",
      [] {
        return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
               __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
               __builtin_cpu_supports("avx512bf16");
      },
-     detail::kernels_avx512_bf16, detail::topk_avx512_bf16},
+     detail::kernels_avx512_bf16, detail::regression_avx512, detail::topk_avx512_bf16},
 #endif
 };
 
@@ -84,6 +87,13 @@ static const Set& chosen() {
 }
 
 const Kernels& kernels(Type type) { return chosen().kernels(type); }
+
+const RegressionKernels* regression_kernels_of(const char* isa, Type type) {
+  const auto* set = find(isa);
+  return set ? &set->regression(type) : nullptr;
+}
+
+const RegressionKernels& regression_kernels(Type type) { return chosen().regression(type); }
 
 const TopkKernels* topk_kernels_of(const char* isa, Type type) {
   const auto* set = find(isa);

@@ -4,21 +4,10 @@
 #include <optional>
 #include <string_view>
 
+#include "cpu/kernel.h"
+
 /// The names of the kernel functions, in one place for all ops that take one.
 namespace mixhead {
-
-enum class Kernel {
-  dot,
-  cosine,
-  gaussian,
-  laplacian,
-  matern32,
-  matern52,
-  cauchy,
-  epanechnikov,
-  tricube,
-  boxcar
-};
 
 constexpr std::array<std::string_view, 10> kKernelNames{
     "dot",      "cosine", "gaussian",     "laplacian", "matern32",

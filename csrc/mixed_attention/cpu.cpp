@@ -1,16 +1,13 @@
-#include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/zeros.h>
-#include <c10/core/CPUAllocator.h>
 #include <torch/library.h>
 
 #include <algorithm>
 #include <array>
-#include <atomic>
-#include <vector>
 
 #include "cpu/schedule.h"
 #include "cpu/smoother.h"
+#include "engine_call.h"
 #include "mixed_attention/arguments.h"
 
 /// mixed_attention on the CPU engine: tensors to plain pointers, then the engine's items over
@@ -19,19 +16,11 @@ namespace mixhead::mixed {
 namespace {
 
 using cpu::View;
-
-cpu::Type type_of(at::ScalarType dtype) {
-  switch (dtype) {
-    case at::kFloat:
-      return cpu::Type::float32;
-    case at::kDouble:
-      return cpu::Type::float64;
-    case at::kBFloat16:
-      return cpu::Type::bfloat16;
-    default:
-      return cpu::Type::float16;
-  }
-}
+using engine::allocate;
+using engine::Places;
+using engine::run_items;
+using engine::type_of;
+using engine::Views;
 
 /// The plain form of one call's arguments; owns the batch tables that its views point to.
 class Plain {
@@ -39,8 +28,9 @@ class Plain {
   explicit Plain(const Arguments& args);
   const cpu::Problem& problem() const { return problem_; }
 
-  /// `tensor` read as (batch..., heads, rows, columns), broadcast where its sizes are 1 or missing.
-  View view(const Tensor& tensor, int64_t heads, int64_t rows, int64_t columns);
+  View view(const Tensor& tensor, int64_t heads, int64_t rows, int64_t columns) {
+    return views_.view(tensor, heads, rows, columns);
+  }
   View output_view(const Tensor& tensor) {
     return view(
         tensor, problem_.key_heads * problem_.groups, problem_.rows, problem_.value_channels);
@@ -49,58 +39,15 @@ class Plain {
   View row_view(const Tensor& tensor) { return output_view(tensor.unsqueeze(-1)); }
 
  private:
-  static constexpr size_t kViews = 24;
-  cpu::Mask mask(const OptionalTensor& tensor, int64_t keys);
-
-  at::IntArrayRef batch_shape_;
+  Views views_;
   cpu::Problem problem_{};
-  c10::SmallVector<c10::SmallVector<int64_t, 4>, kViews> tables_;
 };
 
-int64_t product(at::IntArrayRef sizes) {
-  int64_t result = 1;
-  for (const auto size : sizes) result *= size;
-  return result;
-}
-
-View Plain::view(const Tensor& tensor, int64_t heads, int64_t rows, int64_t columns) {
-  const int64_t missing = static_cast<int64_t>(batch_shape_.size()) + 3 - tensor.dim();
-  const auto stride = [&](int64_t dimension, int64_t size) -> int64_t {
-    const auto at = dimension - missing;
-    return at < 0 || (tensor.size(at) == 1 && size != 1) ? 0 : tensor.stride(at);
-  };
-  const auto leading = static_cast<int64_t>(batch_shape_.size());
-  TORCH_INTERNAL_ASSERT(tables_.size() < kViews);
-  auto& table = tables_.emplace_back();
-  table.resize(problem_.batch);
-  for (int64_t batch = 0; batch < problem_.batch; ++batch) {
-    int64_t rest = batch, offset = 0;
-    for (auto i = leading - 1; i >= 0; --i) {
-      offset += rest % batch_shape_[i] * stride(i, batch_shape_[i]);
-      rest /= batch_shape_[i];
-    }
-    table[batch] = offset;
-  }
-  return {
-      const_cast<void*>(tensor.const_data_ptr()), table.data(), stride(leading, heads),
-      stride(leading + 1, rows), stride(leading + 2, columns)};
-}
-
-cpu::Mask Plain::mask(const OptionalTensor& tensor, int64_t keys) {
-  if (!tensor) return {};
-  const bool boolean = tensor->scalar_type() == at::kBool;
-  return {
-      boolean ? cpu::MaskKind::boolean : cpu::MaskKind::additive,
-      boolean ? cpu::Type::float32 : type_of(tensor->scalar_type()),
-      view(*tensor, problem_.key_heads * problem_.groups, problem_.rows, keys)};
-}
-
-Plain::Plain(const Arguments& args)
-    : batch_shape_(args.query.sizes().slice(0, args.query.dim() - 3)) {
+Plain::Plain(const Arguments& args) : views_(args.query.sizes().slice(0, args.query.dim() - 3)) {
   auto& p = problem_;
   const int64_t heads = args.query.size(-3), key_heads = args.key.size(-3);
   p.type = type_of(args.query.scalar_type());
-  p.batch = product(batch_shape_);
+  p.batch = views_.batch();
   p.key_heads = key_heads;
   p.groups = heads / key_heads;
   p.rows = args.query.size(-2);
@@ -116,7 +63,7 @@ Plain::Plain(const Arguments& args)
   sequence.value = view(args.value, key_heads, keys, p.value_channels);
   sequence.keys = sequence.slots = keys;
   sequence.causal = args.is_causal;
-  sequence.mask = mask(args.attn_mask, keys);
+  sequence.mask = views_.mask(args.attn_mask, heads, p.rows, keys);
 
   auto& memory = p.source[1];
   memory.key = view(args.memory_key, key_heads, slots, p.channels);
@@ -124,7 +71,7 @@ Plain::Plain(const Arguments& args)
   memory.keys = memory.slots = slots;
   memory.shared = args.memory_key.dim() == 3;
   memory.side = 1;
-  memory.mask = mask(args.memory_mask, slots);
+  memory.mask = views_.mask(args.memory_mask, heads, p.rows, slots);
   if (args.memory_index && slots > 0) {
     memory.indexed = true;
     memory.keys = args.memory_index->size(-1);
@@ -140,25 +87,6 @@ Plain::Plain(const Arguments& args)
     p.dropout.threshold = static_cast<uint64_t>(args.dropout_p * 4294967296.0);
     p.dropout.keep_scale = args.dropout_p < 1.0 ? 1.0 / (1.0 - args.dropout_p) : 0.0;
   }
-}
-
-at::DataPtr allocate(int64_t bytes) { return c10::GetCPUAllocator()->allocate(bytes); }
-
-/// Does items 0 .. count - 1 on the threads there are; item(number, scratch). Whichever thread is
-/// free takes the next: results do not depend on who did what.
-template <class Item>
-void run_items(int64_t count, bool parallel, int64_t scratch_bytes, const Item& item) {
-  if (count == 0) return;
-  if (!parallel) {
-    const auto scratch = allocate(scratch_bytes);
-    for (int64_t i = 0; i < count; ++i) item(i, scratch.get());
-    return;
-  }
-  std::atomic<int64_t> next{0};
-  at::parallel_for(0, std::min<int64_t>(at::get_num_threads(), count), 1, [&](int64_t, int64_t) {
-    const auto scratch = allocate(scratch_bytes);
-    for (int64_t i; (i = next.fetch_add(1)) < count;) item(i, scratch.get());
-  });
 }
 
 Forward forward_cpu(
@@ -220,22 +148,6 @@ Forward forward_cpu(
   }
   return result;
 }
-
-/// The batch entries ordered by their place in a gradient that may broadcast over the batch.
-struct Places {
-  Places(const View& gradient, int64_t batch) {
-    for (int64_t b = 0; b < batch; ++b) batches.push_back(b);
-    const auto* table = gradient.batch;
-    std::stable_sort(
-        batches.begin(), batches.end(), [&](int64_t a, int64_t b) { return table[a] < table[b]; });
-    for (int64_t i = 0; i < batch; ++i) {
-      if (i == 0 || table[batches[i]] != table[batches[i - 1]]) first.push_back(i);
-    }
-    first.push_back(batch);
-  }
-  int64_t count() const { return static_cast<int64_t>(first.size()) - 1; }
-  std::vector<int64_t> batches, first;
-};
 
 /// One backward call: the engine's passes over waves of heads and chunks of rows.
 class BackwardPass {

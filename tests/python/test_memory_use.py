@@ -102,3 +102,36 @@ def test_no_tensor_of_all_pairs(arguments):
     )
     assert done.returncode == 0, done.stderr
     assert int(done.stdout) <= 128 * 2**20, f"{int(done.stdout) / 2**20:.0f} MiB"
+
+
+# Dense distances would take 1 GiB, a table of differences 16.
+KERNEL_PROGRAM = (
+    PROGRAM.partition("def run(")[0]
+    + """
+def make(L, S):
+    inputs = [torch.randn(8, L, 16), torch.randn(8, S, 16), torch.randn(8, S, 16)]
+    return [t.requires_grad_() for t in (*inputs, torch.ones(8, 16))]
+
+def run(inputs):
+    output, mass = torch.ops.mixhead.kernel_attention(*inputs, [sys.argv[1]])
+    torch.autograd.backward([output, mass], [torch.ones_like(output), torch.ones_like(mass)])
+
+run(make(64, 256))
+inputs = make(2048, 16384)
+room = [torch.ones_like(tensor) for tensor in (*inputs, inputs[0])]
+baseline = peak()
+del room
+run(inputs)
+print(peak() - baseline)
+"""
+)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize("kernel", ["laplacian", "tricube"])
+def test_peak_of_kernel_regression(kernel):
+    done = subprocess.run(
+        [sys.executable, "-c", KERNEL_PROGRAM, kernel], capture_output=True, text=True, timeout=600
+    )
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) <= 96 * 2**20, f"{int(done.stdout) / 2**20:.0f} MiB"
