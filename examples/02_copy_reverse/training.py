@@ -45,7 +45,7 @@ def train(
     """On the next token and, where the model has pointers, on what they point at."""
     generator = torch.Generator().manual_seed(args.seed)
     optimizer = torch.optim.Adam(model.parameters(), lr)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, steps, pct_start=0.1)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, steps, pct_start=0.15)
     progress = tqdm(range(steps), desc=name, unit="step", mininterval=0.5)
     for _ in progress:
         length = int(torch.randint(1, args.train_length + 1, (), generator=generator))

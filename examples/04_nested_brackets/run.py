@@ -144,7 +144,7 @@ def train(rng: random.Random, args) -> Peeler:
     """Learns the layer from what is left after each layer of a stack of `--train-depth`."""
     peeler = Peeler(PeelLayer(args.types, args.width))
     optimizer = torch.optim.Adam(peeler.parameters(), args.lr)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.lr, args.steps, pct_start=0.1)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.lr, args.steps, pct_start=0.15)
     progress = tqdm(range(args.steps), desc="train", unit="step", mininterval=0.5)
     for _ in progress:
         strings = mixture(rng, args, args.batch, args.train_depth, args.train_length)
