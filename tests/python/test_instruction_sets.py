@@ -13,7 +13,12 @@ import pytest
 
 HERE = Path(__file__).parent
 FILES = [
-    str(HERE / name) for name in ("test_mixed_attention.py", "test_mixed_attention_dropout.py")
+    str(HERE / name)
+    for name in (
+        "test_mixed_attention.py",
+        "test_mixed_attention_dropout.py",
+        "test_topk_keys.py",
+    )
 ]
 # Values, gradients and their bits; derivatives by finite differences don't depend on the set.
 CHOSEN = "float64 or float32 or half or bits or thread or nan or infinity or dropout"
