@@ -137,6 +137,15 @@ def test_derivatives(kernel, options):
     assert torch.autograd.gradgradcheck(call, (query, key, value, bandwidth))
 
 
+@pytest.mark.parametrize("argument", range(4))
+def test_second_derivative_of_one_argument_alone(argument):
+    tensors = [tensor.clone() for tensor in (*inputs(batch=(), rows=2, keys=6, wide=1), HEAD)]
+    tensors[argument].requires_grad_()
+    assert torch.autograd.gradgradcheck(
+        lambda *tensors: local_linear_attention(*tensors, ["cauchy"]), tensors
+    )
+
+
 @pytest.mark.parametrize("channels", [1, 2, 3])
 def test_statsmodels(channels):
     """KernelReg(reg_type="ll"): the fit and its marginal effects."""

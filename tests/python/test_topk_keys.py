@@ -228,6 +228,15 @@ def test_derivatives(metric):
     assert torch.autograd.gradgradcheck(call, tensors)
 
 
+@pytest.mark.parametrize("argument", range(3))
+def test_second_derivative_of_one_argument_alone(argument):
+    tensors = [normal(2, 3, 2, seed=1), normal(2, 8, 2, seed=2), normal(2, 1, 8, seed=3)]
+    tensors[argument].requires_grad_()
+    assert torch.autograd.gradgradcheck(
+        lambda q, k, mask: topk_keys(q, k, 3, mask=mask, metric="cosine")[0], tensors
+    )
+
+
 def test_gradient_of_unfilled_places_is_zero():
     query, key = normal(1, 2, 3).requires_grad_(), normal(1, 3, 3, seed=1).requires_grad_()
     mask = torch.tensor([[True, True, False], [False, False, False]])
