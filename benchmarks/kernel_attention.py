@@ -74,7 +74,7 @@ def keops(x: Inputs, kernel: str):
     key = LazyTensor((x.key / x.bandwidth).unsqueeze(-3))
     square = ((query - key) ** 2).sum(-1)
     weights = {"gaussian": lambda: -square / 2, "laplacian": lambda: -square.sqrt()}[kernel]()
-    return weights.exp() @ x.value / weights.exp().sum(-2 + x.query.dim())
+    return weights.exp() @ x.value / weights.exp().sum(x.query.dim() - 1)
 
 
 PEERS = {"cdist": cdist, "SDPA + bias": sdpa, "KeOps": keops}
