@@ -146,6 +146,7 @@ def test_second_derivative_of_one_argument_alone(argument):
     )
 
 
+@pytest.mark.filterwarnings("ignore:After 0.17:FutureWarning")  # of its random numbers, not used
 @pytest.mark.parametrize("channels", [1, 2, 3])
 def test_statsmodels(channels):
     """KernelReg(reg_type="ll"): the fit and its marginal effects."""
