@@ -41,7 +41,7 @@ def arguments() -> argparse.Namespace:
     sizes = {
         "length": (512, "tokens of a document"),
         "distractors": (8, "distracting citations of each type in a document"),
-        "steps": (1500, "training steps"),
+        "steps": (1000, "training steps"),
         "control-steps": (600, "training steps of each control"),
         "batch": (16, "documents a step"),
         "tests": (1000, "documents of each test"),
