@@ -150,7 +150,7 @@ void train(Matcher& matcher, int64_t steps, int64_t batch, int64_t size, const T
 
 std::map<std::string, int64_t> options(int argc, char** argv) {
   std::map<std::string, int64_t> found{
-      {"--jobs", 12}, {"--steps", 250}, {"--batch", 32}, {"--tests", 200}, {"--seed", 0}};
+      {"--jobs", 12}, {"--steps", 100}, {"--batch", 32}, {"--tests", 200}, {"--seed", 0}};
   for (int i = 1; i < argc; i += 2) {
     char* end = nullptr;
     const auto option = found.find(argv[i]);

@@ -40,7 +40,7 @@ def arguments() -> argparse.Namespace:
         "softmaxes": (1000, "random cost matrices of the row softmax"),
         "iterations": (3000, "Sinkhorn iterations at most"),
         "jobs": (10, "jobs, and candidates, of an instance of two criteria"),
-        "steps": (250, "training steps"),
+        "steps": (100, "training steps"),
         "batch": (32, "instances a step"),
         "tests": (600, "instances of the test, before those without a margin are left out"),
     }
