@@ -30,6 +30,9 @@ class Result:
     goal: float | None
     unit: str = "x"
     note: str = ""
+    # The ratio that the machine's own ceilings allow: the peer's time over that of the bare
+    # arithmetic at torch.mm's speed, or of the bare reading.
+    roof: float | None = None
 
     @property
     def met(self) -> bool:
@@ -101,6 +104,11 @@ class Ceilings:
         (times,) = interleaved([block.sum], seconds=1.5)
         found.read = block.nbytes / min(times) / 1e9
         return found
+
+    def seconds(self, operations: float, bytes_read: float, dtype: torch.dtype) -> float:
+        """The least time that takes so many operations and bytes."""
+        arithmetic = operations / self.multiply[name_of(dtype)] / 1e9
+        return max(arithmetic, bytes_read / self.read / 1e9)
 
 
 def _multiply_speed(n: int, dtype: torch.dtype) -> float:

@@ -117,12 +117,28 @@ def forward_flops(shape) -> float:
     return 4.0 * batch * heads * depth * (rows * slots + rows * (rows + 1) / 2)
 
 
-def _row(group, shape, dtype, peer_name, ours_call, peer_call, goal, **options) -> Result:
+def forward_bytes(shape, dtype) -> int:
+    """Every input once and the output."""
+    batch, heads, rows, slots, depth = shape
+    return heads * depth * (4 * batch * rows + 2 * slots) * dtype.itemsize
+
+
+# Products of a step, forward and backward, for each of the forward alone: 2 + 5 for 2.
+TRAINING = 3.5
+
+
+def _row(
+    group, shape, dtype, peer_name, ours_call, peer_call, goal, ceilings, training=False, **options
+) -> Result:
     mine, theirs, ratio = compare(ours_call, peer_call, **options)
-    return Result(group, str(shape), name_of(dtype), peer_name, theirs, mine, ratio, goal)
+    operations = forward_flops(shape) * (TRAINING if training else 1.0)
+    roof = theirs / ceilings.seconds(operations, forward_bytes(shape, dtype), dtype)
+    return Result(
+        group, str(shape), name_of(dtype), peer_name, theirs, mine, ratio, goal, roof=roof
+    )
 
 
-def _both_rules(shape, dtype, goals, training, seconds=6.0) -> Iterator[Result]:
+def _both_rules(shape, dtype, goals, training, ceilings, seconds) -> Iterator[Result]:
     """Gate against two SDPA, joint against concat + SDPA."""
     group = "forward + backward" if training else "forward"
     x = Inputs.random(shape, dtype, requires_grad=training)
@@ -130,7 +146,10 @@ def _both_rules(shape, dtype, goals, training, seconds=6.0) -> Iterator[Result]:
         calls = [lambda r=rule: ours(x, r), lambda p=peer: p(x)]
         if training:
             calls = [forward_and_backward(call, x.all()) for call in calls]
-        yield _row(f"{rule} {group}", shape, dtype, peer_name, *calls, goals[rule], seconds=seconds)
+        yield _row(
+            f"{rule} {group}", shape, dtype, peer_name, *calls, goals[rule], ceilings, training,
+            seconds=seconds,
+        )  # fmt: skip
 
 
 def dense(ceilings: Ceilings) -> Iterator[Result]:
@@ -141,7 +160,7 @@ def dense(ceilings: Ceilings) -> Iterator[Result]:
         (torch.bfloat16, True): {"gate": 1.8, "joint": 6.0},
     }
     for (dtype, training), goal in goals.items():
-        for result in _both_rules(DENSE, dtype, goal, training, seconds=12.0):
+        for result in _both_rules(DENSE, dtype, goal, training, ceilings, seconds=12.0):
             yield result
             if result.group == "gate forward":
                 yield _share_of_multiply(result, dtype, ceilings)
@@ -162,7 +181,7 @@ def flex_joint(ceilings: Ceilings) -> Iterator[Result]:
         x = Inputs.random(DENSE, dtype)
         with torch.no_grad():
             call = lambda x=x: ours(x, "joint")  # noqa: E731
-            yield _row("joint forward", DENSE, dtype, "FlexAttention", call, flex(x), 1.5)
+            yield _row("joint forward", DENSE, dtype, "FlexAttention", call, flex(x), 1.5, ceilings)
 
 
 def other_shapes(ceilings: Ceilings) -> Iterator[Result]:
@@ -175,7 +194,7 @@ def other_shapes(ceilings: Ceilings) -> Iterator[Result]:
     for shape in OTHER_SHAPES:
         for (dtype, training), goal in gate.items():
             goals = {"gate": goal, "joint": 3.0 if training else 1.5}
-            yield from _both_rules(shape, dtype, goals, training, seconds=3.0)
+            yield from _both_rules(shape, dtype, goals, training, ceilings, seconds=3.0)
 
 
 def one_query(ceilings: Ceilings) -> Iterator[Result]:
@@ -184,22 +203,22 @@ def one_query(ceilings: Ceilings) -> Iterator[Result]:
     for dtype, (sdpa_goal, einsum_goal) in goals.items():
         x = Inputs.random(shape, dtype)
         call = lambda x=x: ours(x, "gate")  # noqa: E731
-        yield _row("one query", shape, dtype, "two SDPA", call, lambda x=x: two_sdpa(x), sdpa_goal)
-        yield _row(
-            "one query", shape, dtype, "einsum", call, lambda x=x: dense_einsum(x), einsum_goal
-        )
-        yield _share_of_read(x, shape, dtype)
+        peers = [("two SDPA", two_sdpa, sdpa_goal), ("einsum", dense_einsum, einsum_goal)]
+        for name, peer, goal in peers:
+            other = lambda x=x, peer=peer: peer(x)  # noqa: E731
+            yield _row("one query", shape, dtype, name, call, other, goal, ceilings)
+        yield _share_of_read(x, shape, dtype, ceilings)
     shape = (1, 8, 1, 131072, 64)
     for dtype, goal in ((torch.float32, 1.7), (torch.bfloat16, 6.0)):
         x = Inputs.random(shape, dtype)
         yield _row(
             "one query", shape, dtype, "two SDPA", lambda x=x: ours(x, "gate"),
-            lambda x=x: two_sdpa(x), goal,
+            lambda x=x: two_sdpa(x), goal, ceilings,
         )  # fmt: skip
-        yield _share_of_read(x, shape, dtype)
+        yield _share_of_read(x, shape, dtype, ceilings)
 
 
-def _share_of_read(x: Inputs, shape, dtype) -> Result:
+def _share_of_read(x: Inputs, shape, dtype, ceilings: Ceilings) -> Result:
     """A sum over as many bytes as the memory has, run alternately with the query that reads them:
     the bandwidth of a shared machine drifts within seconds."""
     size = x.memory_key.nbytes + x.memory_value.nbytes
@@ -208,6 +227,7 @@ def _share_of_read(x: Inputs, shape, dtype) -> Result:
     return Result(
         "share of read bandwidth", str(shape), name_of(dtype), "sum", read, mine, share, 0.85,
         note=f"{size / mine / 1e9:.1f} of {size / read / 1e9:.1f} GB/s",
+        roof=read / max(read, ceilings.seconds(forward_flops(shape), 0, dtype)),
     )  # fmt: skip
 
 
@@ -219,7 +239,9 @@ def one_head(ceilings: Ceilings) -> Iterator[Result]:
             forward_and_backward(call, x.all())
             for call in (lambda x=x: ours(x, "gate"), lambda x=x: two_sdpa(x))
         ]
-        yield _row("B*H = 1, forward + backward", shape, dtype, "two SDPA", *calls, 2.0)
+        yield _row(
+            "B*H = 1, forward + backward", shape, dtype, "two SDPA", *calls, 2.0, ceilings, True
+        )
 
 
 def small_call(ceilings: Ceilings) -> Iterator[Result]:
@@ -228,7 +250,7 @@ def small_call(ceilings: Ceilings) -> Iterator[Result]:
         x = Inputs.random(shape, dtype)
         yield _row(
             "small call", shape, dtype, "two SDPA", lambda x=x: ours(x, "gate"),
-            lambda x=x: two_sdpa(x), 1.0, calls=200, seconds=2.0,
+            lambda x=x: two_sdpa(x), 1.0, ceilings, calls=200, seconds=2.0,
         )  # fmt: skip
 
 

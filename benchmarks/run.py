@@ -41,18 +41,19 @@ def processor() -> str:
 
 def line_of(result: Result) -> str:
     goal = "" if result.goal is None else f"{result.goal:.2f}"
+    roof = "" if result.roof is None else f"{result.roof:.2f}"
     mark = "" if result.goal is None else ("met" if result.met else "SHORT")
     peer = f"{result.peer_seconds * 1e3:10.2f}" if result.peer_seconds else " " * 10
     note = result.note if len(result.note) < 60 else ""
     return (
         f"{result.group:32} {result.work:24} {result.dtype:9} {result.peer:14} {peer}"
-        f" {result.seconds * 1e3:10.3f} {result.ratio:7.2f} {goal:>6} {mark:5} {note}"
+        f" {result.seconds * 1e3:10.3f} {result.ratio:7.2f} {goal:>6} {roof:>6} {mark:5} {note}"
     )
 
 
 HEADER = (
     f"{'work':32} {'shape':24} {'dtype':9} {'peer':14} {'peer ms':>10} {'ours ms':>10} "
-    f"{'ratio':>7} {'goal':>6}"
+    f"{'ratio':>7} {'goal':>6} {'roof':>6}"
 )
 
 

@@ -25,8 +25,8 @@ def milliseconds(seconds: float) -> str:
 
 def main() -> None:
     runs = [results_of(Path(folder)) for folder in sys.argv[1:]]
-    print("| work | shape | dtype | against | its ms | ours | ratios | goal | |")
-    print("| --- | --- | --- | --- | --- | --- | --- | --- | --- |")
+    print("| work | shape | dtype | against | its ms | ours | ratios | goal | roof | |")
+    print("| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |")
     for key, row in runs[-1].items():
         every = [run[key] for run in runs if key in run]
         goal = "" if row["goal"] is None else f"{row['goal']:.2g}"
@@ -35,7 +35,9 @@ def main() -> None:
         ratios = ", ".join(f"{each['ratio']:.2f}" for each in every)
         times = f"{milliseconds(row['peer_seconds'])} | {milliseconds(row['seconds'])}"
         group, work, dtype, peer = key
-        print(f"| {group} | {work} | {dtype} | {peer} | {times} | {ratios} | {goal} | {mark} |")
+        roof = f"{row['roof']:.2f}" if row.get("roof") else ""
+        line = [group, work, dtype, peer, times, ratios, goal, roof, mark]
+        print(f"| {' | '.join(line)} |")
 
 
 if __name__ == "__main__":

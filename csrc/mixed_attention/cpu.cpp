@@ -7,6 +7,7 @@
 
 #include "cpu/schedule.h"
 #include "cpu/smoother.h"
+#include "empty.h"
 #include "engine_call.h"
 #include "mixed_attention/arguments.h"
 
@@ -106,12 +107,12 @@ Forward forward_cpu(
   at::DimVector rows(query.sizes().begin(), query.sizes().end() - 1), wide = rows;
   wide.push_back(p.value_channels);
   const auto acc = query.options().dtype(p.type == cpu::Type::float64 ? at::kDouble : at::kFloat);
-  const Tensor output = at::empty(wide, query.options());
+  const Tensor output = empty(wide, query.options());
   const Tensor lse[2] = {at::empty(rows, acc), at::empty(rows, acc)};
   const bool rounds = query.scalar_type() != acc.dtype();
   const at::DimVector none{0};
   const Tensor kept[2] = {
-      at::empty(p.joint && !rounds ? none : wide, acc), at::empty(p.joint ? none : wide, acc)};
+      empty(p.joint && !rounds ? none : wide, acc), empty(p.joint ? none : wide, acc)};
   const Forward result{output, lse[0], lse[1], kept[0], kept[1]};
   if (p.batch == 0 || p.rows == 0) return result;
 
@@ -176,7 +177,7 @@ class BackwardPass {
         gradients_[i] = at::empty({0}, args.query.options());
       } else {
         gradients_[i] = nothing ? at::zeros(tensors[i].sizes(), tensors[i].options())
-                                : at::empty(tensors[i].sizes(), tensors[i].options());
+                                : empty(tensors[i].sizes(), tensors[i].options());
       }
     }
     if (!nothing) run();
