@@ -205,6 +205,7 @@ void backward_group(
     for (int64_t done = 0; done < keys; done += work.tiles.keys) {
       KeyBlock block{first + done, smaller(work.tiles.keys, keys - done), {}, {}, {}};
       if (panel.rows.most <= block.first) break;
+      block.keys = smaller(block.keys, panel.rows.most - block.first);
       const auto bias = bias_of(source, panel.rows, block.first, block.keys, scratch.bias);
       if (bias.nothing_readable) continue;
       block.key = by_channel<M>(key_data.from(block.first), block.keys, p.channels, scratch.key);

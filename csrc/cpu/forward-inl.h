@@ -223,7 +223,8 @@ void stream(
     for (int64_t i = 0; i < panels; ++i) {
       auto& panel = scratch.panels[i];
       if (panel.rows.most <= first) continue;
-      const auto bias = bias_of(source, panel.rows, first, keys, scratch.bias);
+      const int64_t read = smaller(keys, panel.rows.most - first);
+      const auto bias = bias_of(source, panel.rows, first, read, scratch.bias);
       if (bias.nothing_readable) continue;
       if (!key.data) {
         key = by_channel<M>(key_data.from(first), keys, p.channels, scratch.key);
@@ -231,7 +232,7 @@ void stream(
       }
       with_vectors(panel.rows.vectors(), [&]<int vectors>() {
         forward_block<M, vectors>(
-            p, panel, bias, first, keys, key, value, scratch.scores,
+            p, panel, bias, first, read, key, value, scratch.scores,
             fetch_of(key_data.from(after), next, p.channels),
             fetch_of(value_data.from(after), next, p.value_channels));
       });
