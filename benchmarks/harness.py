@@ -92,14 +92,16 @@ class Ceilings:
     """The machine's own peak in this run: GFLOP/s of ``torch.mm``, GB/s of a streaming read."""
 
     multiply: dict[str, float] = field(default_factory=dict)
+    fastest: dict[str, int] = field(default_factory=dict)  # the size that multiply was seen at
     read: float = 0.0
 
     @classmethod
     def measure(cls) -> "Ceilings":
         found = cls()
         for dtype in (torch.float32, torch.bfloat16):
-            speeds = [_multiply_speed(n, dtype) for n in (512, 1024, 2048)]
+            speeds = {_multiply_speed(n, dtype): n for n in (512, 1024, 2048)}
             found.multiply[name_of(dtype)] = max(speeds)
+            found.fastest[name_of(dtype)] = speeds[max(speeds)]
         block = torch.ones(256 * 2**20 // 4)
         (times,) = interleaved([block.sum], seconds=1.5)
         found.read = block.nbytes / min(times) / 1e9
