@@ -48,9 +48,9 @@ def draw_roofline(run: dict, axes) -> None:
         operations, size = work_of(shape, row["dtype"])
         at = operations / size, operations / row["seconds"] / 1e9
         axes.plot(*at, "o", color=COLOURS[row["dtype"]])
-        axes.annotate(
-            f"{names[row['group']]}, batch {shape[0]}", at, (6, -12), textcoords="offset points"
-        )
+        side = "right" if at[0] > 100 else "left"
+        label = f"{names[row['group']]}, batch {shape[0]}"
+        axes.annotate(label, at, (0, -14), textcoords="offset points", ha=side)
     axes.set(xscale="log", yscale="log", xlabel="operations a byte", ylabel="GFLOP/s")
     axes.set_title("Forward against the machine's ceilings")
     axes.legend(fontsize=8)
