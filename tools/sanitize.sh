@@ -21,8 +21,9 @@ for check in "${@:-address undefined thread valgrind}"; do
     if [[ $each == valgrind ]]; then
       # valgrind knows no AVX-512: __builtin_cpu_supports does not see it there and those tests skip.
       build "$folder"
+      # The tests that run the engine alone: the reference loops would take minutes.
       valgrind --error-exitcode=1 --leak-check=full --quiet \
-        "$folder/tests/mixhead_engine_tests" --gtest_brief=1
+        "$folder/tests/mixhead_engine_tests" --gtest_brief=1 --gtest_filter='*SameBitsAgain*'
     else
       build "$folder" -DMIXHEAD_SANITIZE="$each"
       UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \
