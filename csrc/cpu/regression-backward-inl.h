@@ -163,9 +163,9 @@ void add_rows(
   }
 }
 
-/// By subtraction: queries += sum_k c d, sums(key) += sum over lanes of c d, squares[channel] +=
-/// sum of c d^2. `queries` is [channels][lanes] or null.
-template <class Acc, int vectors>
+/// By subtraction: queries += sum_k c d, sums(key) += sum over lanes of c d, and where `squared`
+/// squares[channel] += sum of c d^2. `queries` is [channels][lanes] or null.
+template <class Acc, int vectors, bool squared>
 void add_differences(
     const Points<Acc>& points, const Acc* query, const PlacedKeys<Acc>& keys, const Acc* slopes,
     int64_t count, Acc* queries, const KeySums<Acc>& sums, int64_t first, double* squares) {
@@ -186,7 +186,7 @@ void add_differences(
         const V difference = own[j] - key;
         const V each = load<Acc>(slopes + k * width + j * lanes) * difference;
         sum[j] += each;
-        square[j] += each * difference;
+        if constexpr (squared) square[j] += each * difference;
         of_key += each;
       }
       Acc* to = sums.of(first + k) + c * lanes;
@@ -194,7 +194,7 @@ void add_differences(
     }
 #pragma GCC unroll 4
     for (int j = 0; j < vectors; ++j) {
-      squares[c] += total<Acc>(square[j]);
+      if constexpr (squared) squares[c] += total<Acc>(square[j]);
       if (queries) {
         Acc* to = queries + c * width + j * lanes;
         store(to, load<Acc>(to) + sum[j]);
@@ -231,8 +231,9 @@ void regress_gradients(
         first);
   }
   if (points.form == Form::difference) {
-    add_differences<Acc, vectors>(
-        points, scratch.queries.query, placed, scratch.gradients, keys, part, scratch.products,
+    const auto add = work.grad_bandwidth ? add_differences<Acc, vectors, true>
+                                         : add_differences<Acc, vectors, false>;
+    add(points, scratch.queries.query, placed, scratch.gradients, keys, part, scratch.products,
         first, bandwidth);
     return;
   }
