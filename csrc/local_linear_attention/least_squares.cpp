@@ -23,42 +23,74 @@ Tensor identity_like(const Tensor& square) { return at::eye(square.size(-1), squ
 /// NaN gives NaN, not an error.
 Tensor inverted(const Tensor& square) { return std::get<0>(at::linalg_inv_ex(square)); }
 
-/// The projector on the null space of a symmetric matrix whose diagonal is 1 or 0.
-Tensor null_projector(const Tensor& correlation) {
+/// What is decided about a symmetric positive semidefinite matrix outside the graph.
+struct Spectrum {
+  Tensor null;       // the projector on its null space
+  Tensor pseudo;     // its pseudo-inverse
+  Tensor whitening;  // W with W' (C + null) W = 1 but for rounding
+};
+
+/// Of a matrix whose diagonal is 1 or 0.
+Spectrum spectrum(const Tensor& correlation) {
   const auto finite = correlation.isfinite().all(-1, true).all(-2, true);
   const auto [values, vectors] =
       at::linalg_eigh(at::where(finite, correlation, identity_like(correlation)));
   const auto largest = values.narrow(-1, values.size(-1) - 1, 1);
   const auto null = values <= largest * (epsilon(values) * static_cast<double>(values.size(-1)));
   const auto basis = vectors.masked_fill(null.logical_not().unsqueeze(-2), 0.0);
-  return at::matmul(basis, basis.transpose(-2, -1));
+  const auto whitening = vectors * values.masked_fill(null, 1.0).rsqrt().unsqueeze(-2);
+  const auto range = whitening.masked_fill(null.unsqueeze(-2), 0.0);
+  return {
+      at::matmul(basis, basis.transpose(-2, -1)), at::matmul(range, range.transpose(-2, -1)),
+      whitening};
 }
 
-/// `null`, the projector on the null space N of `correlation`, as a function of it:
-/// N(C + dC) = N - N dC C^+ - C^+ dC N + O(dC^2) where the rank stays the same.
-Tensor moving(const Tensor& null, const Tensor& correlation) {
-  const auto detached = correlation.detach();
-  const auto pseudo_inverse = inverted(detached + null) - null;
-  const auto turned = at::matmul(at::matmul(null, correlation), pseudo_inverse);
-  return null - turned - turned.transpose(-2, -1);
+/// The null projector as a function of the matrix: N(C + dC) = N - N dC C^+ - C^+ dC N + O(dC^2)
+/// where the rank stays the same. Its value is N alone: the rounding of N C would be as large as
+/// the least eigenvalues, by which C^+ divides.
+Tensor moving(const Spectrum& at, const Tensor& correlation) {
+  const auto change = correlation - correlation.detach();
+  const auto turned = at::matmul(at::matmul(at.null, change), at.pseudo);
+  return at.null - turned - turned.transpose(-2, -1);
 }
 
-/// The pseudo-inverse of the covariance, and where it is singular the projector on its null space,
-/// from those of the correlation: covariance = scale correlation scale', scale (..., D, 1).
-std::pair<Tensor, Tensor> unscaled(
-    const Tensor& scale, const Tensor& null, const Tensor& pseudo_inverse, bool singular) {
-  const auto inner = pseudo_inverse / (scale * scale.transpose(-2, -1));
-  if (!singular) return {inner, {}};
-  // The covariance's null space is spanned by the columns of null / scale, which are not
-  // orthonormal.
-  const auto identity = identity_like(null);
-  const auto basis = null / scale;
-  const auto gram = at::matmul(basis.transpose(-2, -1), basis);
-  const auto projector =
-      at::matmul(at::matmul(basis, inverted(gram + identity - null)), basis.transpose(-2, -1));
-  const auto range = identity - projector;
-  return {at::matmul(at::matmul(range, inner), range), projector};
-}
+/// The pseudo-inverse of the covariance = scale correlation scale', as a chain of products that is
+/// applied to vectors: in windows that a few points dominate its entries are large and cancel.
+class PseudoInverse {
+ public:
+  /// scale (..., D, 1); `null` is the null projector of the correlation as a function of it.
+  PseudoInverse(
+      const Tensor& correlation, const Tensor& scale, const Tensor& whitening, const Tensor& null,
+      bool singular)
+      : scale_(scale), whitening_(whitening), null_(null), singular_(singular) {
+    const auto shifted = singular ? correlation + null : correlation;
+    whitened_ = inverted(at::matmul(at::matmul(whitening.transpose(-2, -1), shifted), whitening));
+    if (!singular) return;
+    // The covariance's null space is spanned by the columns of null / scale, which are not
+    // orthonormal.
+    const auto identity = identity_like(null);
+    const auto basis = null / scale;
+    const auto gram = at::matmul(basis.transpose(-2, -1), basis);
+    beside_ =
+        at::matmul(at::matmul(basis, inverted(gram + identity - null)), basis.transpose(-2, -1));
+  }
+
+  /// The part of `x` (..., D, n) in the null space; of a singular covariance.
+  Tensor beside(const Tensor& x) const { return at::matmul(beside_, x); }
+
+  Tensor operator()(const Tensor& x) const {
+    const auto scaled = (singular_ ? x - beside(x) : x) / scale_;
+    auto solved = at::matmul(
+        whitening_, at::matmul(whitened_, at::matmul(whitening_.transpose(-2, -1), scaled)));
+    if (singular_) solved = solved - at::matmul(null_, scaled);
+    solved = solved / scale_;
+    return singular_ ? solved - beside(solved) : solved;
+  }
+
+ private:
+  Tensor scale_, whitening_, null_, whitened_, beside_;
+  bool singular_;
+};
 
 }  // namespace
 
@@ -70,13 +102,13 @@ Tensor with_ridge(const Tensor& covariance, const Tensor& penalty) {
 // one that varies by no more than the rounding of its mean is constant. Which space is null is
 // decided outside the graph: eigenvectors have no derivative where eigenvalues are equal. Then
 //
-//   C^+ = (C + N)^-1 - N,  N the projector on the null space of C,
+//   C^+ = (C + N)^-1 - N = W (W' (C + N) W)^-1 W' - N,  N the projector on the null space of C,
 //
 // is differentiable, and its derivative right wherever the rank stays the same (Golub & Pereyra
-// 1973).
+// 1973); W, a constant, makes what is inverted well conditioned.
 Fit least_squares(const Moments& moments) {
   const auto& [mean, covariance, value, cross] = moments;
-  Tensor scale, constant, null;
+  Tensor scale, constant;
   {
     c10::AutoGradMode no_grad(false);
     const auto spread = covariance.diagonal(0, -2, -1).unsqueeze(-1).clamp_min(0.0).sqrt();
@@ -86,23 +118,23 @@ Fit least_squares(const Moments& moments) {
   }
   const auto correlation =
       (covariance / (scale * scale.transpose(-2, -1))).masked_fill(constant, 0.0);
+  Spectrum decided;
   {
     c10::AutoGradMode no_grad(false);
-    null = null_projector(correlation);
+    decided = spectrum(correlation);
   }
-  const bool singular = null.any().item<bool>();
-  if (singular) null = moving(null, correlation);
-  const auto pseudo_inverse = inverted(correlation + null) - null;
-  const auto [inverse_covariance, projector] = unscaled(scale, null, pseudo_inverse, singular);
+  const bool singular = decided.null.any().item<bool>();
+  const auto null = singular ? moving(decided, correlation) : decided.null;
+  const PseudoInverse inverse(correlation, scale, decided.whitening, null, singular);
 
+  const auto slope = inverse(cross);
   const auto row = mean.transpose(-2, -1);
-  const auto slope = at::matmul(inverse_covariance, cross);
   const auto intercept = value - at::matmul(row, slope);
-  const auto corner = at::matmul(at::matmul(row, inverse_covariance), mean) + 1.0;
+  const auto corner = at::matmul(row, inverse(mean)) + 1.0;
   if (!singular) return {intercept, slope, corner};
   // How far the query stands from the affine hull of its data: along there (intercept, slope) may
   // be moved with no change at the data.
-  const auto beside = at::matmul(projector, mean);
+  const auto beside = inverse.beside(mean);
   const auto shrink = (at::matmul(beside.transpose(-2, -1), beside) + 1.0).reciprocal();
   const auto shrunk = intercept * shrink;
   return {shrunk, slope + at::matmul(beside, shrunk), corner * shrink * shrink};

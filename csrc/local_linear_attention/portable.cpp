@@ -80,7 +80,10 @@ Tensors formula(const Tensors& in, const Chunk& chunk, const Constants& constant
   }
   const auto fit = least_squares(sums);
   const auto at_query = kernels::log_kernels_at_query(constants.kernels, query, bandwidth, chunk);
-  const auto leverage = (at_query - finite_mass).exp() * fit.inverse_corner.squeeze(-1);
+  // Far from all data it would be infinite, and its gradient NaN.
+  const auto largest = finite_mass.scalar_type() == at::kDouble ? 700.0 : 80.0;
+  const auto leverage =
+      (at_query - finite_mass).clamp_max(largest).exp() * fit.inverse_corner.squeeze(-1);
   return {
       fit.intercept.squeeze(-2), fit.slope.flatten(-2), leverage.masked_fill(empty, 0.0), log_mass};
 }

@@ -265,6 +265,35 @@ def test_derivative_of_a_design_of_too_few_keys():
     )
 
 
+def test_windows_that_one_point_dominates():
+    """Ten channels, a narrow bandwidth: weights and with them the spreads of a window range over
+    sixteen orders of magnitude. A fitted point still has the fit that NumPy finds."""
+    x = torch.randn(1, 200, 10, dtype=torch.float64)
+    value = torch.randn(1, 200, 1, dtype=torch.float64)
+    h = torch.tensor(0.3).double()
+    output, _, leverage, _ = local_linear_attention(x, x, value, h, ["gaussian"])
+    for row, here in enumerate(x[0].numpy()):
+        offset = x[0].numpy() - here
+        root = numpy.exp(-((offset / 0.3) ** 2).sum(1, keepdims=True) / 4)
+        design = numpy.hstack([numpy.ones((200, 1)), offset])
+        fit = numpy.linalg.lstsq(design * root, value[0].numpy() * root, rcond=None)[0]
+        assert abs(output[0, row, 0] - fit[0, 0]) <= 1e-6
+    assert leverage.min() >= 0.99
+    assert leverage.max() <= 1 + 1e-9
+
+
+def test_gradients_are_finite_where_the_leverage_is_not():
+    """Nearest keys 60 bandwidths away: what a key put at the query would weigh is e^1800 times
+    theirs."""
+    key = torch.arange(6.0, dtype=torch.float64).view(1, 6, 1)
+    tensors = [key, key.sin(), torch.tensor(1 / 60).double()]
+    tensors = [tensor.clone().requires_grad_() for tensor in tensors]
+    outputs = local_linear_attention(tensors[0], *tensors, ["gaussian"], exclude_self=True)
+    for output in outputs:
+        grads = torch.autograd.grad(output.sum(), tensors, retain_graph=True, allow_unused=True)
+        assert all(grad is None or grad.isfinite().all() for grad in grads)
+
+
 def test_query_within_its_data_needs_no_shrinking():
     """A constant channel changes nothing where the query shares it."""
     query, key, value = inputs()
