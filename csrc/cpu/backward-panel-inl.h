@@ -119,49 +119,52 @@ struct BackwardScratch {
   Acc* per_lane_;
 };
 
-/// Row `lane` of the B operands that have the channels along the lanes; for pairs also of `pairs`,
-/// [lane][pairs of channels], from which the other operand is transposed.
+/// Row `lane` of a B operand that has the channels along the lanes; for pairs instead of `pairs`,
+/// [lane][pairs of channels], from which both operands are made.
 template <class M, bool contiguous, class T>
 void pack_row(
     const T* from, int64_t stride, int64_t channels, int64_t lane, typename M::Operand* by_row,
     typename M::Operand* pairs) {
   using Acc = typename M::Acc;
-  const int64_t wide = padded<Acc>(channels);
   const auto element = [&](int64_t c) { return from[contiguous ? c : c * stride]; };
   if constexpr (M::steps == 1) {
+    const int64_t wide = padded<Acc>(channels);
     auto* row = by_row + lane * wide;
     for (int64_t c = 0; c < channels; ++c) row[c] = to_float(element(c));
     for (int64_t c = channels; c < wide; ++c) row[c] = 0;
   } else {
-    const auto bits = [&](int64_t c) -> uint32_t {
+    const int64_t wide = 2 * padded<Acc>(divide_up(channels, 2));
+    auto* row = reinterpret_cast<BFloat16*>(pairs) + lane * wide;
+    for (int64_t c = 0; c < channels; ++c) {
       if constexpr (sizeof(T) == 2) {
-        return element(c).bits;
+        row[c] = element(c);
       } else {
-        return Round<BFloat16>::from(element(c)).bits;
+        row[c] = Round<BFloat16>::from(element(c));
       }
-    };
-    auto* own = pairs + lane * padded<Acc>(divide_up(channels, 2));
-    for (int64_t c = 0; c + 1 < channels; c += 2) own[c / 2] = bits(c) | bits(c + 1) << 16;
-    if (channels % 2) own[channels / 2] = bits(channels - 1);
-    auto* row = by_row + lane / 2 * wide;
-    if (lane % 2 == 0) {
-      for (int64_t c = 0; c < channels; ++c) row[c] = bits(c);
-      for (int64_t c = channels; c < wide; ++c) row[c] = 0;
-    } else {
-      for (int64_t c = 0; c < channels; ++c) row[c] |= bits(c) << 16;
     }
+    for (int64_t c = channels; c < wide; ++c) row[c].bits = 0;
   }
 }
 
-/// The B operand that has the rows along the lanes, [channel steps][lanes].
+/// The B operands of packed rows: [row steps][padded channels] and [channel steps][lanes].
 template <class M>
-void pack_columns(
-    int64_t lanes, int64_t channels, const typename M::Operand* by_row,
-    const typename M::Operand* pairs, typename M::Operand* by_lane) {
+void pack_operands(
+    int64_t lanes, int64_t channels, typename M::Operand* by_row, const typename M::Operand* pairs,
+    typename M::Operand* by_lane) {
   using Acc = typename M::Acc;
-  const int64_t steps = divide_up(channels, M::steps);
+  const int64_t steps = divide_up(channels, M::steps), wide = padded<Acc>(steps);
+#if defined(__AVX512BF16__)
+  if constexpr (M::steps == 2) {
+    const auto* rows = reinterpret_cast<const BFloat16*>(pairs);
+    const int64_t row_wide = padded<Acc>(channels);
+    for (int64_t lane = 0; lane < lanes; lane += 2) {
+      const auto* even = rows + lane * 2 * wide;
+      interleave(even, even + 2 * wide, 1, row_wide, by_row + lane / 2 * row_wide);
+    }
+  }
+#endif
   const auto* from = reinterpret_cast<const Acc*>(M::steps == 1 ? by_row : pairs);
-  transpose(from, lanes, padded<Acc>(steps), steps, reinterpret_cast<Acc*>(by_lane));
+  transpose(from, lanes, wide, steps, reinterpret_cast<Acc*>(by_lane));
 }
 
 /// Fills the scratch's panel with rows whose positions position_of(lane) gives.
@@ -214,8 +217,8 @@ void start_backward_panel(
     }
     pack(scratch.row_gradient, 1, p.value_channels, lane, panel.grad_rows, scratch.grad_pairs);
   }
-  pack_columns<M>(rows.lanes, p.channels, panel.query_rows, scratch.query_pairs, panel.query);
-  pack_columns<M>(rows.lanes, p.value_channels, panel.grad_rows, scratch.grad_pairs, panel.grad);
+  pack_operands<M>(rows.lanes, p.channels, panel.query_rows, scratch.query_pairs, panel.query);
+  pack_operands<M>(rows.lanes, p.value_channels, panel.grad_rows, scratch.grad_pairs, panel.grad);
 }
 
 struct KeyBlock {
