@@ -12,7 +12,7 @@ help:
 	@echo "make bench    against what one would use instead"
 	@echo "make lint     clang-format, clang-tidy, ruff"
 	@echo "make docs     draw the figures of the documentation"
-	@echo "make gallery  run every example and show the pictures on one page"
+	@echo "make gallery  run every example with three seeds, write docs/gallery.md (45 minutes)"
 	@echo "make clean    remove what was built (environments stay)"
 	@echo "Each takes PYTHON=python3.12 (another Python) and TORCH=2.11.0 (another torch)."
 

@@ -208,13 +208,7 @@ run_docs() {
 
 run_gallery() {
   setup
-  wait_asleep
   install
-  local script
-  for script in examples/[0-9]*/run.py; do
-    say "$script"
-    "$ENV_PYTHON" "$script"
-  done
   "$ENV_PYTHON" tools/gallery.py
 }
 

@@ -16,6 +16,7 @@ sys.path.insert(0, str(FOLDER.parent))
 
 import figures  # noqa: E402
 from documents import Documents, split  # noqa: E402
+from goals import GOALS  # noqa: E402
 from model import Retriever  # noqa: E402
 from shared.example import argument_parser, run, save_model  # noqa: E402
 from training import (  # noqa: E402
@@ -109,4 +110,4 @@ def main() -> dict:
 
 
 if __name__ == "__main__":
-    run(main)
+    run(main, GOALS)

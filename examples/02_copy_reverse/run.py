@@ -14,6 +14,7 @@ FOLDER = Path(__file__).resolve().parent
 sys.path.insert(0, str(FOLDER.parent))
 
 import figures  # noqa: E402
+from goals import GOALS  # noqa: E402
 from model import AbsoluteTransformer, CopyReverse, constructed  # noqa: E402
 from sequences import Alphabet  # noqa: E402
 from shared.example import argument_parser, run, save_model  # noqa: E402
@@ -106,4 +107,4 @@ def main() -> dict:
 
 
 if __name__ == "__main__":
-    run(main)
+    run(main, GOALS)

@@ -17,6 +17,7 @@ sys.path.insert(0, str(FOLDER.parent))
 
 import english  # noqa: E402
 import figures  # noqa: E402
+from goals import GOALS  # noqa: E402
 from grammar import PARAGRAPH  # noqa: E402
 from model import CharacterEncoder, DelimiterHeads  # noqa: E402
 from shared.example import argument_parser, run, save_model  # noqa: E402
@@ -83,4 +84,4 @@ def main() -> dict:
 
 
 if __name__ == "__main__":
-    run(main)
+    run(main, GOALS)

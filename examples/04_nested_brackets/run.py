@@ -28,6 +28,7 @@ from brackets import (  # noqa: E402
     padded,
     python_statements,
 )
+from goals import GOALS  # noqa: E402
 from peeling import Peeler, PeelLayer, constructed  # noqa: E402
 from shared.example import argument_parser, run, save_model  # noqa: E402
 
@@ -212,4 +213,4 @@ def main() -> dict:
 
 
 if __name__ == "__main__":
-    run(main)
+    run(main, GOALS)

@@ -27,6 +27,7 @@ from citations import (  # noqa: E402
     load_sentences,
 )
 from conflict import conflict_accuracy  # noqa: E402
+from goals import GOALS  # noqa: E402
 from inventor import Inventor  # noqa: E402
 from model import MemoryMix  # noqa: E402
 from shared.example import argument_parser, run, save_model  # noqa: E402
@@ -199,4 +200,4 @@ Read on:                      {FOLDER / "README.md"}""")
 
 
 if __name__ == "__main__":
-    run(main)
+    run(main, GOALS)

@@ -17,6 +17,7 @@ FOLDER = Path(__file__).resolve().parent
 sys.path.insert(0, str(FOLDER.parent))
 
 import figures  # noqa: E402
+from goals import GOALS  # noqa: E402
 from instances import (  # noqa: E402
     LOCATION,
     SKILLS,
@@ -204,4 +205,4 @@ The same in C++, without Python:        {FOLDER / "main.cpp"}""")
 
 
 if __name__ == "__main__":
-    run(main)
+    run(main, GOALS)

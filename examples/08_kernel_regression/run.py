@@ -21,6 +21,7 @@ sys.path.insert(0, str(FOLDER.parent))
 
 import attention  # noqa: E402
 import figures  # noqa: E402
+from goals import GOALS  # noqa: E402
 from model import KernelHead, learn_bandwidth  # noqa: E402
 from shared.example import argument_parser, atomic, run  # noqa: E402
 
@@ -123,4 +124,4 @@ def main() -> dict:
 
 
 if __name__ == "__main__":
-    run(main)
+    run(main, GOALS)

@@ -26,6 +26,7 @@ from ensemble import (  # noqa: E402
     learn,
     single,
 )
+from goals import GOALS  # noqa: E402
 from scipy.stats import spearmanr  # noqa: E402
 from shared.example import argument_parser, atomic, run  # noqa: E402
 
@@ -130,4 +131,4 @@ Read on:                     {FOLDER / "README.md"}""")
 
 
 if __name__ == "__main__":
-    run(main)
+    run(main, GOALS)

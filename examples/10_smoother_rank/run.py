@@ -16,6 +16,7 @@ FOLDER = Path(__file__).resolve().parent
 sys.path.insert(0, str(FOLDER.parent))
 
 import figures  # noqa: E402
+from goals import GOALS  # noqa: E402
 from shared.example import argument_parser, atomic, run  # noqa: E402
 from smoother import (  # noqa: E402
     SmootherHeads,
@@ -171,4 +172,4 @@ Read on:                        {FOLDER / "README.md"}""")
 
 
 if __name__ == "__main__":
-    run(main)
+    run(main, GOALS)

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
+from shared.goals import Goals
 from torch import nn
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -53,12 +54,16 @@ def save_model(model: nn.Module, path: Path) -> None:
         torch.jit.script(model).save(temporary)
 
 
-def run(main: Callable[[], dict]) -> None:
-    """Runs an example, whose figures become the last line; Ctrl-C ends it in one line."""
+def run(main: Callable[[], dict], goals: Goals | None = None) -> None:
+    """Runs an example and prints its figures beside their goals; the last line has all of them.
+    Ctrl-C ends it in one line."""
     try:
         figures = main()
     except KeyboardInterrupt:
         print("\nInterrupted: no file was left half-written.", file=sys.stderr)
         sys.exit(130)
     rounded = {k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in figures.items()}
+    for key, goal in (goals or {}).items():
+        if key in rounded:
+            print(f"{key:34} {rounded[key]!s:12} {goal!s:24} {goal.verdict(rounded[key])}")
     print("RESULT", json.dumps(rounded), flush=True)

@@ -1,11 +1,15 @@
 """Runs an example as a user would, small, and reads the figures of its last line."""
 
 import json
+import runpy
 import subprocess
 import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT / "examples"))
+
+from shared.goals import missed  # noqa: E402
 
 
 def run_example(folder: Path, *arguments: object) -> tuple[str, dict]:
@@ -27,3 +31,12 @@ def assert_files(out: Path, *names: str) -> None:
     for name in names:
         if name.endswith(".png"):
             assert (out / name).read_bytes().startswith(b"\x89PNG")
+
+
+def goals_of(folder: Path) -> dict:
+    """What the example's goals.py says its figures are to be."""
+    return runpy.run_path(str(folder / "goals.py"))["GOALS"]
+
+
+def assert_goals(folder: Path, figures: dict) -> None:
+    assert missed(goals_of(folder), figures) == []
