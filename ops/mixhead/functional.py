@@ -2,7 +2,8 @@
 
 import torch
 from torch import Tensor
-from torch._jit_internal import boolean_dispatched
+
+from mixhead import _scripted
 
 
 def mixed_attention(
@@ -102,86 +103,12 @@ def mixed_attention(
     return outputs if return_lse else outputs[0]
 
 
-def _mixed_attention_with_lse(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    memory_key: Tensor,
-    memory_value: Tensor,
-    mix: Tensor,
-    rule: str = "gate",
-    attn_mask: Tensor | None = None,
-    memory_mask: Tensor | None = None,
-    memory_index: Tensor | None = None,
-    dropout_p: float = 0.0,
-    is_causal: bool = False,
-    scale: float | None = None,
-    enable_gqa: bool = False,
-    return_lse: bool = False,
-) -> tuple[Tensor, Tensor, Tensor]:
-    return torch.ops.mixhead.mixed_attention(
-        query,
-        key,
-        value,
-        memory_key,
-        memory_value,
-        mix,
-        rule=rule,
-        attn_mask=attn_mask,
-        memory_mask=memory_mask,
-        memory_index=memory_index,
-        dropout_p=dropout_p,
-        is_causal=is_causal,
-        scale=scale,
-        enable_gqa=enable_gqa,
-    )
-
-
-def _mixed_attention_alone(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    memory_key: Tensor,
-    memory_value: Tensor,
-    mix: Tensor,
-    rule: str = "gate",
-    attn_mask: Tensor | None = None,
-    memory_mask: Tensor | None = None,
-    memory_index: Tensor | None = None,
-    dropout_p: float = 0.0,
-    is_causal: bool = False,
-    scale: float | None = None,
-    enable_gqa: bool = False,
-    return_lse: bool = False,
-) -> Tensor:
-    return torch.ops.mixhead.mixed_attention(
-        query,
-        key,
-        value,
-        memory_key,
-        memory_value,
-        mix,
-        rule=rule,
-        attn_mask=attn_mask,
-        memory_mask=memory_mask,
-        memory_index=memory_index,
-        dropout_p=dropout_p,
-        is_causal=is_causal,
-        scale=scale,
-        enable_gqa=enable_gqa,
-    )[0]
-
-
-# A function has one return type in TorchScript (and no keyword-only arguments), so its compiler
-# picks one of the two above by the constant `return_lse`, as it does for `return_indices` of
-# torch.nn.functional.max_pool2d.
-boolean_dispatched[mixed_attention] = {
-    "if_true": _mixed_attention_with_lse,
-    "if_false": _mixed_attention_alone,
-    "index": 14,
-    "default": False,
-    "arg_name": "return_lse",
-}
+_scripted.pick_by_constant(
+    mixed_attention,
+    "return_lse",
+    if_true=_scripted.mixed_attention_with_lse,
+    if_false=_scripted.mixed_attention_alone,
+)
 
 
 def kernel_attention(
@@ -280,75 +207,12 @@ def kernel_attention(
     return outputs if return_mass else outputs[0]
 
 
-def _kernel_attention_with_mass(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    bandwidth: Tensor | None = None,
-    kernel: str | list[str] = "gaussian",
-    attn_mask: Tensor | None = None,
-    is_causal: bool = False,
-    exclude_self: bool = False,
-    normalize: bool = True,
-    empty: str = "zero",
-    dropout_p: float = 0.0,
-    enable_gqa: bool = False,
-    return_mass: bool = False,
-) -> tuple[Tensor, Tensor]:
-    return torch.ops.mixhead.kernel_attention(
-        query,
-        key,
-        value,
-        bandwidth,
-        [kernel] if isinstance(kernel, str) else kernel,
-        attn_mask=attn_mask,
-        is_causal=is_causal,
-        exclude_self=exclude_self,
-        normalize=normalize,
-        empty=empty,
-        dropout_p=dropout_p,
-        enable_gqa=enable_gqa,
-    )
-
-
-def _kernel_attention_alone(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    bandwidth: Tensor | None = None,
-    kernel: str | list[str] = "gaussian",
-    attn_mask: Tensor | None = None,
-    is_causal: bool = False,
-    exclude_self: bool = False,
-    normalize: bool = True,
-    empty: str = "zero",
-    dropout_p: float = 0.0,
-    enable_gqa: bool = False,
-    return_mass: bool = False,
-) -> Tensor:
-    return _kernel_attention_with_mass(
-        query,
-        key,
-        value,
-        bandwidth,
-        kernel,
-        attn_mask,
-        is_causal,
-        exclude_self,
-        normalize,
-        empty,
-        dropout_p,
-        enable_gqa,
-    )[0]
-
-
-boolean_dispatched[kernel_attention] = {
-    "if_true": _kernel_attention_with_mass,
-    "if_false": _kernel_attention_alone,
-    "index": 12,
-    "default": False,
-    "arg_name": "return_mass",
-}
+_scripted.pick_by_constant(
+    kernel_attention,
+    "return_mass",
+    if_true=_scripted.kernel_attention_with_mass,
+    if_false=_scripted.kernel_attention_alone,
+)
 
 
 # TorchScript knows no keyword-only arguments with defaults: this function and topk_keys, which
