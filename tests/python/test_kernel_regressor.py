@@ -400,7 +400,7 @@ class TestDegenerate:
             KernelRegressor(**arguments).fit(*noisy(10))
 
 
-@parametrize_with_checks([KernelRegressor(n_restarts=0), KernelRegressor(bandwidth=2.0, degree=1)])
+@parametrize_with_checks([KernelRegressor(), KernelRegressor(bandwidth=2.0, degree=1)])
 def test_scikit_learn(estimator, check):
     check(estimator)
 

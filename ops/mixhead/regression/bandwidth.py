@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable
 from dataclasses import replace
-from typing import NamedTuple
+from functools import partial
 
 import numpy as np
 import scipy.optimize
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from mixhead.regression.criteria import aicc, deviations, loo_error, silverman
+from mixhead.regression.descent import Descent, Minimum
 from mixhead.regression.smoother import Smoother
 
 #: Kernels of bounded support: a point that enters the window makes a kink or a jump in a criterion.
@@ -20,7 +21,10 @@ _COMPACT = ("epanechnikov", "tricube", "boxcar")
 _SAMPLE = 256
 #: So many bandwidths of the grid are judged at once.
 _BATCH = 32
-#: What the minimiser is told where a criterion has no finite value.
+#: AICc, a logarithm, below which a fit counts as exact: its residuals are rounding errors, 1e-9 of
+#: the targets' deviation.
+_EXACT = -40.0
+#: What Nelder-Mead is told where a criterion has no finite value.
 _STEEP = 1e6
 
 
@@ -40,7 +44,9 @@ def search(
     varying = (smoother.values != smoother.values[0]).any(0)
     if not varying.any():
         return _log_range(smoother)[0].exp()
-    smoother = replace(smoother, values=smoother.values[:, varying])
+    values = smoother.values[:, varying]
+    # Both criteria are of residuals, which a shift of the target does not change.
+    smoother = replace(smoother, values=values - smoother.mean_of(values))
     with torch.enable_grad():
         return _Search(smoother, criterion, report).run(restarts)
 
@@ -60,12 +66,6 @@ def _log_range(smoother: Smoother) -> tuple[Tensor, Tensor, Tensor]:
     return silverman(smoother).log(), (0.1 * spacing).log(), (10.0 * extent).log()
 
 
-class _Minimum(NamedTuple):
-    value: float
-    place: Tensor  # the logarithms of the bandwidths
-    axes: np.ndarray | None  # (D, D): columns along which the criterion curves alike
-
-
 class _Search:
     def __init__(
         self, smoother: Smoother, criterion: str, report: Callable[[Tensor, Tensor], None]
@@ -82,28 +82,31 @@ class _Search:
         if count > 4 * _SAMPLE:
             order = np.random.default_rng(0).permutation(count)
             sample = torch.from_numpy(order[:_SAMPLE].copy())
-        found = [self._descend(start, sample) for start in self._starts(restarts, sample)]
-        best = min(found, key=lambda minimum: minimum.value)
-        if sample is not None:
-            best = self._polish(best)
+        starts = self._starts(restarts, sample)
+        if sample is None:
+            best = self._lowest(starts, None, 1e-13)
+        else:
+            near = self._lowest(starts, sample, 1e-6)
+            best = self._lowest([near.place], None, 1e-9, near.inverse_hessian)
         if not math.isfinite(best.value):
             raise ValueError(
                 f"KernelRegressor: bandwidth={self.criterion!r} finds no bandwidth with a finite "
                 f"criterion for n_samples={count}; give a number"
             )
-        return best.place.exp()
+        return torch.from_numpy(best.place).exp()
 
     def value(self, log_bandwidth: Tensor, sample: Tensor | None) -> Tensor:
         """The criterion (...), free of the targets' units, of ``log_bandwidth (..., D)``."""
         bandwidth = log_bandwidth.exp()
         if self.criterion == "aicc":
-            value = (aicc(self.smoother, bandwidth, sample) - self.scale.log()).mean(-1)
+            value = aicc(self.smoother, bandwidth, sample) - self.scale.log()
+            value = value.clamp_min(_EXACT).mean(-1)
         else:
             value = (loo_error(self.smoother, bandwidth, sample) / self.scale).mean(-1)
         self.report(value.detach(), bandwidth.detach())
         return value
 
-    def _starts(self, restarts: int, sample: Tensor | None) -> list[Tensor]:
+    def _starts(self, restarts: int, sample: Tensor | None) -> list[np.ndarray]:
         """The lowest valleys of the grid; where they are few, beside the lowest some with columns
         of different widths."""
         low, high = (self.low - self.log_base).min(), (self.high - self.log_base).max()
@@ -116,53 +119,54 @@ class _Search:
         if len(self.log_base) > 1:
             offsets = np.random.default_rng(0).normal(size=(restarts, len(self.log_base)))
             starts += [self.clip(starts[0] + torch.from_numpy(row)) for row in offsets]
-        return starts[: restarts + 1]
+        return [start.numpy() for start in starts[: restarts + 1]]
 
     def clip(self, log_bandwidth: Tensor) -> Tensor:
         return torch.minimum(torch.maximum(log_bandwidth, self.low), self.high)
 
-    def _descend(self, start: Tensor, sample: Tensor | None) -> _Minimum:
-        """The lowest value near a start, from the grid's step as the unit of length."""
-        objective = _Objective(self, sample)
-        bounds = torch.stack([self.low - start, self.high - start], -1).numpy() / self.step
-        count = len(start)
-
-        def shifted(shift: np.ndarray) -> tuple[float, np.ndarray]:
-            value, gradient = objective(start.numpy() + self.step * shift)
-            return value, self.step * gradient
-
+    def _lowest(
+        self,
+        starts: list[np.ndarray],
+        sample: Tensor | None,
+        tolerance: float,
+        inverse: np.ndarray | None = None,
+    ) -> Minimum:
+        """The lowest value near the starts, until a step promises to gain less than this."""
         if self.smoother.kernel == "boxcar":  # a criterion of steps, without a gradient
-            scipy.optimize.minimize(
-                lambda shift: shifted(shift)[0], np.zeros(count), method="Nelder-Mead",
-                bounds=bounds, options={"initial_simplex": np.eye(count + 1, count)},
+            found = [self._nelder_mead(start, sample) for start in starts]
+        else:
+            descent = Descent(self.low.numpy(), self.high.numpy(), tolerance)
+            objective = partial(self._with_gradient, sample=sample)
+            found = descent.minima(objective, starts, inverse, first_step=0.5 * self.step)
+        return min(found, key=lambda minimum: minimum.value)
+
+    def _with_gradient(
+        self, places: np.ndarray, sample: Tensor | None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Values ``(R,)``, inf where there is none, and gradients ``(R, D)`` at ``(R, D)``."""
+        theta = torch.from_numpy(places).requires_grad_()
+        values = self.value(theta, sample)
+        (gradients,) = torch.autograd.grad(values.sum(), theta)
+        # Of degree 1 and in windows of one point, where nothing depends on h any more, a gradient
+        # may be lost to rounding.
+        return (
+            values.detach().nan_to_num(math.inf, math.inf, math.inf).numpy(),
+            gradients.nan_to_num(0.0, 0.0, 0.0).numpy(),
+        )
+
+    def _nelder_mead(self, start: np.ndarray, sample: Tensor | None) -> Minimum:
+        def value(place: np.ndarray) -> float:
+            number = float(self.value(torch.from_numpy(place), sample))
+            return number if math.isfinite(number) else _STEEP
+
+        count = len(start)
+        with torch.no_grad():
+            found = scipy.optimize.minimize(
+                value, start, method="Nelder-Mead",
+                bounds=np.stack([self.low, self.high], -1),
+                options={"initial_simplex": start + self.step * np.eye(count + 1, count)},
             )  # fmt: skip
-            return objective.best
-        found = scipy.optimize.minimize(
-            shifted, np.zeros(count), jac=True, method="L-BFGS-B", bounds=bounds,
-            options={"maxiter": 100, "ftol": 1e-13, "gtol": 1e-7 if sample is None else 1e-5},
-        )  # fmt: skip
-        return objective.best._replace(axes=self.step * _root(found.hess_inv.todense()))
-
-    def _polish(self, minimum: _Minimum) -> _Minimum:
-        """The lowest value by all points, near the minimum by a sample and along its axes.
-
-        By these the criterion has unit curvature, so that BFGS begins with Newton's step.
-        """
-        if minimum.axes is None:
-            return self._descend(minimum.place, None)
-        objective, origin, axes = _Objective(self, None), minimum.place.numpy(), minimum.axes
-
-        def along_axes(shift: np.ndarray) -> tuple[float, np.ndarray]:
-            value, gradient = objective(origin + axes @ shift)
-            return value, axes.T @ gradient
-
-        # A step of the gradient's length leads to the minimum: by then less than 0.1 % of h.
-        tolerance = 1e-3 / np.linalg.norm(axes, 2)
-        scipy.optimize.minimize(
-            along_axes, np.zeros(len(origin)), jac=True, method="BFGS",
-            options={"gtol": tolerance, "maxiter": 100},
-        )  # fmt: skip
-        return objective.best
+        return Minimum(found.fun if found.fun < _STEEP else math.inf, found.x, np.eye(count))
 
 
 def _valleys(values: np.ndarray) -> np.ndarray:
@@ -175,34 +179,3 @@ def _valleys(values: np.ndarray) -> np.ndarray:
     found = np.flatnonzero((values <= padded[:-2]) & (values < padded[2:]))
     found = found[values[found] <= finite.min() + 0.1 * (np.median(finite) - finite.min())]
     return found[values[found].argsort(kind="stable")]
-
-
-def _root(inverse_hessian: np.ndarray) -> np.ndarray:
-    """A matrix A with A A' the inverse Hessian, but no axis much shorter than the unit."""
-    variances, directions = np.linalg.eigh((inverse_hessian + inverse_hessian.T) / 2)
-    return directions * np.sqrt(np.maximum(variances, 0.01))
-
-
-class _Objective:
-    """Value and gradient for SciPy's minimisers; remembers the best place it was asked about.
-
-    Outside the range criteria are flat: such a place stands for the nearest within.
-    """
-
-    def __init__(self, search: _Search, sample: Tensor | None) -> None:
-        self.search, self.sample = search, sample
-        self.best = _Minimum(math.inf, (search.low + search.high) / 2, None)
-
-    def __call__(self, place: np.ndarray) -> tuple[float, np.ndarray]:
-        theta = torch.from_numpy(place).requires_grad_()
-        inside = self.search.clip(theta)
-        value = self.search.value(inside, self.sample)
-        number = float(value.detach())
-        if not math.isfinite(number):
-            return _STEEP, np.zeros_like(place)
-        if number < self.best.value:
-            self.best = _Minimum(number, inside.detach(), None)
-        (gradient,) = torch.autograd.grad(value, theta)
-        # Of degree 1 and in windows of one point, where nothing depends on h any more, a gradient
-        # may be lost to rounding.
-        return number, gradient.nan_to_num(0.0, 0.0, 0.0).numpy()

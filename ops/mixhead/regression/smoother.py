@@ -10,6 +10,8 @@ from mixhead.functional import kernel_attention, local_linear_attention
 
 #: A sampled point that has all but this share of its window's weight is without neighbours.
 _ALONE = 1e-9
+#: With more channels than this, moments take longer than a backward pass.
+_MOMENTS = 64
 
 
 class Fit(NamedTuple):
@@ -140,12 +142,18 @@ class Smoother:
             )
         else:
             slope = None
-            mean, log_mass = kernel_attention(*arguments, self.kernel, return_mass=True, **options)
+            smooth = _GaussianMean.apply if self._has_moments(bandwidth) else _mean
+            mean, log_mass = smooth(*arguments, self.kernel, options)
             leverage = (self._log_kernel_at_zero(query, heads) - log_mass).exp()
         if several:
             return Fit(mean, leverage, log_mass, slope)
         slope = slope if slope is None else slope.squeeze(0)
         return Fit(mean.squeeze(0), leverage.squeeze(0), log_mass.squeeze(0), slope)
+
+    def _has_moments(self, bandwidth: Tensor) -> bool:
+        wanted = torch.is_grad_enabled() and bandwidth.requires_grad
+        columns, targets = self.points.shape[1], self.values.shape[1]
+        return wanted and self.kernel == "gaussian" and 2 * columns * (targets + 1) <= _MOMENTS
 
     def _log_kernel_at_zero(self, query: Tensor, bandwidth: Tensor) -> Tensor:
         """log K(q, q), which is 0 for every kernel of a distance."""
@@ -154,3 +162,56 @@ class Smoother:
         if self.kernel == "cosine":
             return query.ne(0).any(-1) / bandwidth.square()
         return query.new_zeros(())
+
+
+def _mean(
+    query: Tensor, key: Tensor, value: Tensor, bandwidth: Tensor, kernel: str, options: dict
+) -> tuple[Tensor, Tensor]:
+    return kernel_attention(query, key, value, bandwidth, kernel, return_mass=True, **options)
+
+
+class _GaussianMean(torch.autograd.Function):
+    r"""`_mean` of the gaussian kernel, whose gradient in the bandwidth takes no backward pass.
+
+    With :math:`E_i` the kernel-weighted mean around query i and :math:`u_d = (q_d - k_d) / h_d`,
+    d log K / d log h_d is :math:`u_d^2`, so
+
+    .. math::
+        \partial \text{log\_mass}_i / \partial \log h_d = E_i[u_d^2], \qquad
+        \partial \text{mean}_i / \partial \log h_d = E_i[u_d^2 y] - E_i[u_d^2]\, \text{mean}_i,
+
+    and the forward gives these from the means of :math:`k_d, k_d^2, k_d y, k_d^2 y` beside that of
+    y. The points are the same for all heads; query, key and value get no gradient.
+    """
+
+    @staticmethod
+    def forward(ctx, query, key, value, bandwidth, kernel, options):
+        # The squares cancel least around the middle of the data.
+        centre = key[0].mean(0)
+        centred, offset = key[0] - centre, (query - centre).unsqueeze(-1)
+        powers = torch.stack([centred, centred.square()], -1).unsqueeze(-1)  # (S, D, 2, 1)
+        products = powers * _with_one(value[0]).unsqueeze(1)
+        channels = torch.cat([value[0], products.flatten(1)], -1)  # (S, T + 2 D (1 + T))
+        means, log_mass = _mean(
+            query, key, channels.expand(len(key), -1, -1), bandwidth, kernel, options
+        )
+        mean, products = means.split([value.shape[-1], products[0].numel()], -1)
+        first, second = products.unflatten(-1, (key.shape[-1], 2, -1)).unbind(-2)
+        squares = offset.square() * _with_one(mean) - 2.0 * offset * first + second
+        squares = squares / bandwidth[:, None, :, None].square()
+        spread, products = squares.split([1, mean.shape[-1]], -1)  # E[u^2], E[u^2 y]
+        ctx.save_for_backward(bandwidth, products - spread * mean.unsqueeze(-2), spread.squeeze(-1))
+        return mean.contiguous(), log_mass
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad_mean, grad_log_mass):
+        bandwidth, mean_slope, mass_slope = ctx.saved_tensors
+        in_log = torch.einsum("gldt,glt->gd", mean_slope, grad_mean)
+        in_log += torch.einsum("gld,gl->gd", mass_slope, grad_log_mass)
+        return None, None, None, in_log / bandwidth, None, None
+
+
+def _with_one(values: Tensor) -> Tensor:
+    """(..., T) as (..., 1, 1 + T), a 1 in front."""
+    return torch.cat([torch.ones_like(values[..., :1]), values], -1).unsqueeze(-2)
