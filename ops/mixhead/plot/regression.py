@@ -1,11 +1,12 @@
-"""Pictures of what was fitted (needs matplotlib)."""
+"""A fitted regression with its interval."""
 
 from statistics import NormalDist
 
-import matplotlib.pyplot as plt
 import numpy as np
 
-_DATA, _LINE = "0.55", "#3b7dd8"
+from mixhead.plot.frame import GREY, check_axes, new_axes
+
+_LINE = "#3b7dd8"
 
 
 def fit(regressor, X, y, *, ax=None, column=0, target=0, confidence=0.95, points=200):
@@ -33,8 +34,7 @@ def fit(regressor, X, y, *, ax=None, column=0, target=0, confidence=0.95, points
     """
     if confidence is not None and not 0 < confidence < 1:
         raise ValueError(f"plot.fit: confidence must be between 0 and 1, got {confidence}")
-    if ax is None:
-        _, ax = plt.subplots(layout="constrained")
+    ax = new_axes() if ax is None else check_axes("fit", ax)[0]
     frame, X, y = X, np.asarray(X), np.asarray(y)
     grid = np.tile(np.median(X, axis=0), (points, 1))
     grid[:, column] = np.linspace(X[:, column].min(), X[:, column].max(), points)
@@ -43,7 +43,7 @@ def fit(regressor, X, y, *, ax=None, column=0, target=0, confidence=0.95, points
         part if part.ndim == 1 else part[:, target]
         for part in regressor.predict(named, return_std=True)
     )
-    ax.scatter(X[:, column], y if y.ndim == 1 else y[:, target], s=10, color=_DATA, linewidths=0)
+    ax.scatter(X[:, column], y if y.ndim == 1 else y[:, target], s=10, color=GREY, linewidths=0)
     if confidence is not None:
         half = NormalDist().inv_cdf(0.5 + confidence / 2) * deviation
         ax.fill_between(
