@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import mixhead
 import torch
 from matplotlib import pyplot as plt
 from model import CopyReverse
@@ -21,18 +22,14 @@ def draw_reads(model: CopyReverse, alphabet: Alphabet, path: Path, seed: int) ->
     _, reads = model(batch.tokens)
     marks = {alphabet.start: "S", alphabet.copy: "C", alphabet.reverse: "R", alphabet.end: "E"}
     names = [marks.get(token, str(token)) for token in batch.tokens[0].tolist()]
-    places = range(len(names))
     figure, axes = plt.subplots(2, 2, figsize=(11, 11), layout="constrained")
     for layer in range(2):
         query, key, lse = reads[3 * layer : 3 * layer + 3]
         weights = (query @ key.transpose(2, 3) - lse.unsqueeze(3)).exp()[0].tril()
         for head in range(2):
             axis = axes[layer, head]
-            axis.imshow(weights[head], vmin=0, vmax=1, cmap="Blues")
+            mixhead.plot.reads(weights, head=head, tokens=names, vmax=1, ax=axis)
             axis.set_title(TITLES[layer][head], loc="left", fontsize=10)
-            axis.set_xticks(places, names, fontsize=7)
-            axis.set_yticks(places, names, fontsize=7)
-            axis.set(xlabel="reads", ylabel="token")
             for boundary in (length + 0.5, 2 * length + 1.5):
                 axis.axhline(boundary, color="0.7", linewidth=0.8)
                 axis.axvline(boundary, color="0.7", linewidth=0.8)

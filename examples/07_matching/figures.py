@@ -2,21 +2,12 @@
 
 from pathlib import Path
 
-import matplotlib
-from matplotlib.figure import Figure
-from shared.example import atomic
+import mixhead
+from matplotlib import pyplot as plt
+from shared.figures import save_figure
 from torch import Tensor
 
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
-
 BLUE, ORANGE = "#0369a1", "#c2410c"
-
-
-def save(figure: Figure, path: Path) -> None:
-    with atomic(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=150, bbox_inches="tight")
-    plt.close(figure)
 
 
 def draw_plans(softmax: Tensor, plan: Tensor, matched: Tensor, path: Path) -> None:
@@ -26,14 +17,13 @@ def draw_plans(softmax: Tensor, plan: Tensor, matched: Tensor, path: Path) -> No
     )
     parts = ((softmax, "row softmax", ORANGE), (plan, "matching_attention", BLUE))
     for (top, bottom), (weights, name, color) in zip(axes.T, parts, strict=True):
-        top.imshow(weights, cmap="Greys", vmin=0, vmax=1, aspect="auto")
-        top.scatter(matched, range(len(matched)), s=14, facecolors="none", edgecolors=color)
+        mixhead.plot.assignment(weights, matched=matched, vmax=1, ax=top)
         top.set_title(f"{name}; circles: the Hungarian answer", loc="left", fontsize=10)
-        top.set_ylabel("job")
+        top.set(xlabel=None, ylabel="job")
         bottom.bar(range(len(matched)), weights.sum(0), color=color, width=0.8)
         bottom.axhline(1.0, color="0.5", linewidth=0.8)
         bottom.set(xlabel="candidate", ylabel="sum")
-    save(figure, path)
+    save_figure(figure, path)
 
 
 def draw_learning(course: list[tuple], bars: dict[str, float], path: Path) -> None:
@@ -52,4 +42,4 @@ def draw_learning(course: list[tuple], bars: dict[str, float], path: Path) -> No
     right.set(xlabel="rows equal to the Hungarian answer", xlim=(0, 1))
     for number, value in enumerate(bars.values()):
         right.text(0.02, number, f"{value:.3f}", va="center", fontsize=9, color="white")
-    save(figure, path)
+    save_figure(figure, path)

@@ -2,22 +2,12 @@
 
 from pathlib import Path
 
-import matplotlib
 import mixhead
 import numpy as np
-from matplotlib.figure import Figure
-from shared.example import atomic
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
+from matplotlib import pyplot as plt
+from shared.figures import save_figure
 
 DEGREES = ("Nadaraya-Watson", "local linear")
-
-
-def save(figure: Figure, path: Path) -> None:
-    with atomic(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=150, bbox_inches="tight")
-    plt.close(figure)
 
 
 def draw_fits(data: dict, fits: dict, path: Path) -> None:
@@ -34,7 +24,7 @@ def draw_fits(data: dict, fits: dict, path: Path) -> None:
                 loc="left",
                 fontsize=9,
             )
-    save(figure, path)
+    save_figure(figure, path)
 
 
 def draw_bandwidths(data: dict, fits: dict, courses: dict, path: Path) -> None:
@@ -54,7 +44,7 @@ def draw_bandwidths(data: dict, fits: dict, courses: dict, path: Path) -> None:
         axis.set_title(name, loc="left", fontsize=10)
         axis.spines[["top", "right"]].set_visible(False)
     axes[0].legend(frameon=False)
-    save(figure, path)
+    save_figure(figure, path)
 
 
 def draw_attention(predictions: dict, path: Path) -> None:
@@ -71,4 +61,4 @@ def draw_attention(predictions: dict, path: Path) -> None:
     axis.set_title("diabetes, held-out patients", loc="left", fontsize=10)
     axis.legend(frameon=False)
     axis.spines[["top", "right"]].set_visible(False)
-    save(figure, path)
+    save_figure(figure, path)
