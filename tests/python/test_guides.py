@@ -4,9 +4,14 @@ import re
 import runpy
 from pathlib import Path
 
+import matplotlib
+
+matplotlib.use("Agg")
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from matplotlib import pyplot
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -23,6 +28,8 @@ def names_of(page: str) -> dict:
 def elsewhere(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
+    yield
+    pyplot.close("all")
 
 
 def test_readme():
@@ -51,3 +58,12 @@ def test_memory():
 def test_regression():
     names = names_of("docs/regression.md")
     assert names["fit"].bandwidth_.shape == (1,)
+
+
+def test_plotting():
+    names_of("docs/plotting.md")
+    of_layer, of_weights = (
+        pyplot.figure(number).axes[0].images[0].get_array() for number in pyplot.get_fignums()[2:4]
+    )
+    np.testing.assert_allclose(of_layer, of_weights, atol=1e-5)
+    assert Path("kernels.png").exists()
