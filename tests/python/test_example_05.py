@@ -89,6 +89,7 @@ def test_only_a_net_that_sees_both_corners_compares_them(modules):
     images, same = corners.Corners(torch.rand(20, 8, 8), torch.arange(20), 3).draw(6)
     assert same.view(4, 6).tolist() == [[1.0] * 6] * 2 + [[0.0] * 6] * 2
 
+    @torch.no_grad()
     def difference(model: torch.nn.Module) -> float:
         aa, bb, ab, ba = model.double()(images.double()).view(4, 6)
         return float((aa + bb - ab - ba).abs().max())
