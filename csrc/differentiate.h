@@ -8,6 +8,7 @@
 #include <limits>
 #include <optional>
 #include <string>
+#include <tuple>
 
 /// What the autograd rooms of all ops share.
 namespace mixhead::differentiate {
@@ -38,6 +39,26 @@ std::array<bool, n> needed_gradients(
     if (arguments[i].defined()) needed[i] = ctx->needs_input_grad(edge++);
   }
   return needed;
+}
+
+/// Gradients as autograd takes them.
+template <class... Tensors>
+torch::autograd::variable_list list_of(const std::tuple<Tensors...>& gradients) {
+  return std::apply(
+      [](const auto&... each) { return torch::autograd::variable_list{each...}; }, gradients);
+}
+
+/// The same of a function whose last argument, the op's `Arguments`, has no gradient; what was not
+/// needed, of which a backward op gives an empty tensor, is undefined.
+template <size_t n, class... Tensors>
+torch::autograd::variable_list list_of(
+    const std::tuple<Tensors...>& gradients, const std::array<bool, n>& needed) {
+  auto list = list_of(gradients);
+  for (size_t i = 0; i < n; ++i) {
+    if (!needed[i]) list[i] = Tensor();
+  }
+  list.emplace_back();
+  return list;
 }
 
 /// Dropout's randomness enters here, by PyTorch's generator; below, everything is a pure function.

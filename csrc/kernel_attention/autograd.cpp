@@ -9,6 +9,7 @@ namespace {
 
 using differentiate::any_requires_grad;
 using differentiate::draw_seed;
+using differentiate::list_of;
 using differentiate::needed_gradients;
 using differentiate::optional;
 using torch::autograd::AutogradContext;
@@ -63,7 +64,7 @@ class Backward : public torch::autograd::Function<Backward> {
     ctx->save_for_backward(std::move(saved));
     const auto gradients =
         call_backward({grad_output, grad_log_mass}, args, saved_forward, output_mask);
-    return std::apply([](auto&... each) { return variable_list{each...}; }, gradients);
+    return list_of(gradients);
   }
 
   static variable_list backward(AutogradContext* ctx, variable_list second_order) {
@@ -103,12 +104,7 @@ class Attention : public torch::autograd::Function<Attention> {
     const auto needed = needed_gradients(ctx, differentiable(args));
     const auto gradients = call_backward(
         {grads[0], grads[1]}, args, {saved[kSavedArguments], saved[kSavedArguments + 1]}, needed);
-    auto result = std::apply([](auto&... each) { return variable_list{each...}; }, gradients);
-    for (size_t i = 0; i < kDifferentiable; ++i) {
-      if (!needed[i]) result[i] = Tensor();
-    }
-    result.emplace_back();  // args
-    return result;
+    return list_of(gradients, needed);
   }
 };
 

@@ -63,4 +63,17 @@ void bandwidth(
   MIXHEAD_CHECK(smallest > 0.0, op, "bandwidth must be positive, got ", smallest);
 }
 
+void readable(
+    const char* op, const Tensor& query, const Tensor& key, bool exclude_self,
+    const std::optional<Tensor>& attn_mask) {
+  const auto rows = query.sym_size(-2), keys = key.sym_size(-2);
+  MIXHEAD_CHECK(
+      !exclude_self || equal(rows, keys), op, "key must have ", rows,
+      " rows like query with exclude_self, got ", shape(key));
+  if (!attn_mask) return;
+  checks::mask(
+      op, "attn_mask", *attn_mask, query,
+      checks::like_query(query, {query.sym_size(-3), rows, keys}));
+}
+
 }  // namespace mixhead::kernel_checks

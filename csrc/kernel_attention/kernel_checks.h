@@ -23,4 +23,9 @@ void bandwidth(
     const char* op, const Tensor& query, const c10::List<std::string>& kernel,
     const std::optional<Tensor>& bandwidth);
 
+/// What each query may read: exclude_self needs as many keys as queries, attn_mask broadcasts.
+void readable(
+    const char* op, const Tensor& query, const Tensor& key, bool exclude_self,
+    const std::optional<Tensor>& attn_mask);
+
 }  // namespace mixhead::kernel_checks

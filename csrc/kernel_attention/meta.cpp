@@ -2,6 +2,7 @@
 #include <torch/library.h>
 
 #include "kernel_attention/arguments.h"
+#include "meta.h"
 
 namespace mixhead::kernels {
 namespace {
@@ -30,14 +31,12 @@ Gradients backward_meta(
     std::string_view /*empty*/, double /*dropout_p*/, const OptionalTensor& /*seed*/,
     bool /*enable_gqa*/, const Tensor& /*output*/, const Tensor& /*log_mass*/,
     std::array<bool, 5> output_mask) {
-  const auto gradient = [&](size_t i, const Tensor& of) {
-    return output_mask[i] ? at::empty_symint(of.sym_sizes(), of.options())
-                          : at::empty({0}, query.options());
+  const auto gradient = [&](size_t i, const OptionalTensor& of) {
+    return meta::gradient(output_mask[i], of, query);
   };
-  const Tensor none;
   return {
-      gradient(0, query), gradient(1, key), gradient(2, value),
-      gradient(3, bandwidth.value_or(none)), gradient(4, attn_mask.value_or(none))};
+      gradient(0, query), gradient(1, key), gradient(2, value), gradient(3, bandwidth),
+      gradient(4, attn_mask)};
 }
 
 }  // namespace

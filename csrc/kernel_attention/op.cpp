@@ -25,16 +25,9 @@ void check(const Arguments& args) {
   const auto& [query, key] = std::tie(args.query, args.key);
   checks::query(kOp, query);
   kernel_checks::points(kOp, query, key, args.value, args.enable_gqa);
-  MIXHEAD_CHECK(
-      !args.exclude_self || checks::equal(query.sym_size(-2), key.sym_size(-2)), kOp,
-      "key must have ", query.sym_size(-2), " rows like query with exclude_self, got ",
-      checks::shape(key));
   kernel_checks::names(kOp, query, args.kernel);
   kernel_checks::bandwidth(kOp, query, args.kernel, args.bandwidth);
-  if (!args.attn_mask) return;
-  checks::mask(
-      kOp, "attn_mask", *args.attn_mask, query,
-      checks::like_query(query, {query.sym_size(-3), query.sym_size(-2), key.sym_size(-2)}));
+  kernel_checks::readable(kOp, query, key, args.exclude_self, args.attn_mask);
 }
 
 std::array<Tensor, kDifferentiable> differentiable(const Arguments& args) {

@@ -8,6 +8,7 @@ namespace mixhead::local_linear {
 namespace {
 
 using differentiate::any_requires_grad;
+using differentiate::list_of;
 using differentiate::needed_gradients;
 using differentiate::optional;
 using torch::autograd::AutogradContext;
@@ -36,10 +37,6 @@ Arguments restore_arguments(AutogradContext* ctx, const variable_list& saved) {
       .exclude_self = data["exclude_self"].toBool(),
       .ridge = data["ridge"].toDouble(),
   };
-}
-
-variable_list list_of(const Gradients& gradients) {
-  return std::apply([](const auto&... each) { return variable_list{each...}; }, gradients);
 }
 
 /// The gradients of local_linear_attention as a function that can be differentiated once more.
@@ -91,12 +88,7 @@ class Attention : public torch::autograd::Function<Attention> {
   static variable_list backward(AutogradContext* ctx, variable_list grads) {
     const auto args = restore_arguments(ctx, ctx->get_saved_variables());
     const auto needed = needed_gradients(ctx, differentiable(args));
-    auto result = list_of(call_backward({grads[0], grads[1], grads[2], grads[3]}, args, needed));
-    for (size_t i = 0; i < kDifferentiable; ++i) {
-      if (!needed[i]) result[i] = Tensor();
-    }
-    result.emplace_back();  // args
-    return result;
+    return list_of(call_backward({grads[0], grads[1], grads[2], grads[3]}, args, needed), needed);
   }
 };
 

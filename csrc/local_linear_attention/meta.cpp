@@ -2,6 +2,7 @@
 #include <torch/library.h>
 
 #include "local_linear_attention/arguments.h"
+#include "meta.h"
 
 namespace mixhead::local_linear {
 namespace {
@@ -30,14 +31,12 @@ Gradients backward_meta(
     const Tensor& /*grad_log_mass*/, const Tensor& query, const Tensor& key, const Tensor& value,
     const OptionalTensor& bandwidth, Names /*kernel*/, const OptionalTensor& attn_mask,
     bool /*is_causal*/, bool /*exclude_self*/, double /*ridge*/, OutputMask output_mask) {
-  const auto gradient = [&](size_t i, const Tensor& of) {
-    return output_mask[i] ? at::empty_symint(of.sym_sizes(), of.options())
-                          : at::empty({0}, query.options());
+  const auto gradient = [&](size_t i, const OptionalTensor& of) {
+    return meta::gradient(output_mask[i], of, query);
   };
-  const Tensor none;
   return {
-      gradient(0, query), gradient(1, key), gradient(2, value),
-      gradient(3, bandwidth.value_or(none)), gradient(4, attn_mask.value_or(none))};
+      gradient(0, query), gradient(1, key), gradient(2, value), gradient(3, bandwidth),
+      gradient(4, attn_mask)};
 }
 
 }  // namespace

@@ -9,6 +9,7 @@ namespace {
 
 using differentiate::any_requires_grad;
 using differentiate::draw_seed;
+using differentiate::list_of;
 using differentiate::needed_gradients;
 using differentiate::optional;
 using torch::autograd::AutogradContext;
@@ -66,7 +67,7 @@ class Backward : public torch::autograd::Function<Backward> {
     ctx->save_for_backward(std::move(saved));
     const auto gradients = call_backward(
         {grad_output, grad_self_lse, grad_memory_lse}, args, saved_forward, output_mask);
-    return std::apply([](auto&... each) { return variable_list{each...}; }, gradients);
+    return list_of(gradients);
   }
 
   static variable_list backward(AutogradContext* ctx, variable_list second_order) {
@@ -113,12 +114,7 @@ class Attention : public torch::autograd::Function<Attention> {
     const auto needed = needed_gradients(ctx, differentiable(args));
     const auto gradients = call_backward(
         {grads[0], grads[1], grads[2]}, args, {output, kept[1], kept[2], kept[3], kept[4]}, needed);
-    auto result = std::apply([](auto&... each) { return variable_list{each...}; }, gradients);
-    for (size_t i = 0; i < kDifferentiable; ++i) {
-      if (!needed[i]) result[i] = Tensor();
-    }
-    result.emplace_back();  // args
-    return result;
+    return list_of(gradients, needed);
   }
 };
 

@@ -1,6 +1,7 @@
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
 
+#include "meta.h"
 #include "mixed_attention/arguments.h"
 
 namespace mixhead::mixed {
@@ -41,20 +42,12 @@ Gradients backward_meta(
     const Tensor& /*output*/, const Tensor& /*self_lse*/, const Tensor& /*memory_lse*/,
     const Tensor& /*self_output*/, const Tensor& /*memory_output*/,
     std::array<bool, 8> output_mask) {
-  const auto gradient = [&](size_t i, const Tensor& of) {
-    return output_mask[i] ? at::empty_symint(of.sym_sizes(), of.options())
-                          : at::empty({0}, query.options());
+  const auto gradient = [&](size_t i, const OptionalTensor& of) {
+    return meta::gradient(output_mask[i], of, query);
   };
-  const Tensor none;
-  return {
-      gradient(0, query),
-      gradient(1, key),
-      gradient(2, value),
-      gradient(3, memory_key),
-      gradient(4, memory_value),
-      gradient(5, mix),
-      gradient(6, attn_mask.value_or(none)),
-      gradient(7, memory_mask.value_or(none))};
+  return {gradient(0, query),      gradient(1, key),          gradient(2, value),
+          gradient(3, memory_key), gradient(4, memory_value), gradient(5, mix),
+          gradient(6, attn_mask),  gradient(7, memory_mask)};
 }
 
 }  // namespace

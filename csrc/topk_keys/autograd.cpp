@@ -8,6 +8,7 @@ namespace mixhead::topk {
 namespace {
 
 using differentiate::any_requires_grad;
+using differentiate::list_of;
 using differentiate::needed_gradients;
 using differentiate::optional;
 using torch::autograd::AutogradContext;
@@ -29,10 +30,6 @@ Arguments restore_arguments(AutogradContext* ctx, const variable_list& saved) {
       .k = saved[3].size(-1),
       .mask = optional(saved[2]),
       .metric = ctx->saved_data["metric"].toStringRef()};
-}
-
-variable_list list_of(const Gradients& gradients) {
-  return std::apply([](const auto&... each) { return variable_list{each...}; }, gradients);
 }
 
 /// The gradients of topk_keys as a function that can be differentiated once more.
@@ -79,12 +76,7 @@ class Search : public torch::autograd::Function<Search> {
     const auto saved = ctx->get_saved_variables();
     const auto args = restore_arguments(ctx, saved);
     const auto needed = needed_gradients(ctx, differentiable(args));
-    auto result = list_of(call_backward(grads[0], args, saved[3], needed));
-    for (size_t i = 0; i < kDifferentiable; ++i) {
-      if (!needed[i]) result[i] = Tensor();
-    }
-    result.emplace_back();  // args
-    return result;
+    return list_of(call_backward(grads[0], args, saved[3], needed), needed);
   }
 };
 

@@ -1,6 +1,7 @@
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
 
+#include "meta.h"
 #include "topk_keys/arguments.h"
 
 namespace mixhead::topk {
@@ -22,11 +23,10 @@ Gradients backward_meta(
     const Tensor& /*grad_scores*/, const Tensor& query, const Tensor& key,
     const OptionalTensor& mask, std::string_view /*metric*/, const Tensor& /*indices*/,
     OutputMask output_mask) {
-  const auto gradient = [&](size_t i, const Tensor& of) {
-    return output_mask[i] ? at::empty_symint(of.sym_sizes(), of.options())
-                          : at::empty({0}, query.options());
+  const auto gradient = [&](size_t i, const OptionalTensor& of) {
+    return meta::gradient(output_mask[i], of, query);
   };
-  return {gradient(0, query), gradient(1, key), gradient(2, mask.value_or(Tensor()))};
+  return {gradient(0, query), gradient(1, key), gradient(2, mask)};
 }
 
 }  // namespace
