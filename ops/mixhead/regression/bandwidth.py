@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
+from typing import NamedTuple
 
 import numpy as np
 import scipy.optimize
@@ -44,11 +45,21 @@ def search(
     varying = (smoother.values != smoother.values[0]).any(0)
     if not varying.any():
         return _log_range(smoother)[0].exp()
+    # Of residuals only, so free of the targets' origin, and made free of their units.
     values = smoother.values[:, varying]
-    # Both criteria are of residuals, which a shift of the target does not change.
-    smoother = replace(smoother, values=values - smoother.mean_of(values))
+    values = values - smoother.mean_of(values)
+    values = values / smoother.mean_of(values.square()).sqrt()
+    points, unit = smoother.points, torch.ones(())
+    if smoother.kernel not in ("dot", "cosine"):  # a function of a distance
+        unit = points.amax(0) - points.amin(0)
+        points = (points - smoother.mean_of(points)) / unit
+
+    def in_units(found: Tensor, bandwidth: Tensor) -> None:
+        report(found, bandwidth * unit)
+
     with torch.enable_grad():
-        return _Search(smoother, criterion, report).run(restarts)
+        search = _Search(replace(smoother, points=points, values=values), criterion, in_units)
+        return search.run(restarts) * unit
 
 
 def _log_range(smoother: Smoother) -> tuple[Tensor, Tensor, Tensor]:
@@ -66,28 +77,32 @@ def _log_range(smoother: Smoother) -> tuple[Tensor, Tensor, Tensor]:
     return silverman(smoother).log(), (0.1 * spacing).log(), (10.0 * extent).log()
 
 
+class _Estimate(NamedTuple):
+    """A criterion in the smoother's dtype, from all points or the first of them."""
+
+    smoother: Smoother
+    sample: int | None = None
+
+
 class _Search:
     def __init__(
         self, smoother: Smoother, criterion: str, report: Callable[[Tensor, Tensor], None]
     ) -> None:
         self.smoother, self.criterion, self.report = smoother, criterion, report
-        self.scale = smoother.mean_of((smoother.values - smoother.mean_of(smoother.values)) ** 2)
         self.log_base, self.low, self.high = _log_range(smoother)
         #: Logarithm of the ratio of neighbours in the grid.
         self.step = math.log(1.1 if smoother.kernel in _COMPACT else 1.5)
 
     def run(self, restarts: int) -> Tensor:
-        count = len(self.smoother.points)
-        sample = None
-        if count > 4 * _SAMPLE:
-            order = np.random.default_rng(0).permutation(count)
-            sample = torch.from_numpy(order[:_SAMPLE].copy())
-        starts = self._starts(restarts, sample)
-        if sample is None:
-            best = self._lowest(starts, None, 1e-13)
+        exact, count = _Estimate(self.smoother), len(self.smoother.points)
+        if count <= 4 * _SAMPLE:
+            best = self._lowest(exact, self._starts(exact, restarts), 1e-13)
         else:
-            near = self._lowest(starts, sample, 1e-6)
-            best = self._lowest([near.place], None, 1e-9, near.inverse_hessian)
+            rough = _in_random_order(replace(self.smoother, dtype=torch.float32))
+            starts = self._starts(_Estimate(rough, _SAMPLE // 2), restarts)
+            best = self._lowest(_Estimate(rough, _SAMPLE), starts, 1e-6)
+            for estimate, tolerance in ((_Estimate(rough), 1e-8), (exact, 1e-9)):
+                best = self._lowest(estimate, [best.place], tolerance, best.inverse_hessian)
         if not math.isfinite(best.value):
             raise ValueError(
                 f"KernelRegressor: bandwidth={self.criterion!r} finds no bandwidth with a finite "
@@ -95,18 +110,17 @@ class _Search:
             )
         return torch.from_numpy(best.place).exp()
 
-    def value(self, log_bandwidth: Tensor, sample: Tensor | None) -> Tensor:
-        """The criterion (...), free of the targets' units, of ``log_bandwidth (..., D)``."""
+    def value(self, estimate: _Estimate, log_bandwidth: Tensor) -> Tensor:
+        """The criterion (...) of ``log_bandwidth (..., D)``."""
         bandwidth = log_bandwidth.exp()
         if self.criterion == "aicc":
-            value = aicc(self.smoother, bandwidth, sample) - self.scale.log()
-            value = value.clamp_min(_EXACT).mean(-1)
+            value = aicc(estimate.smoother, bandwidth, estimate.sample).clamp_min(_EXACT).mean(-1)
         else:
-            value = (loo_error(self.smoother, bandwidth, sample) / self.scale).mean(-1)
+            value = loo_error(estimate.smoother, bandwidth, estimate.sample).mean(-1)
         self.report(value.detach(), bandwidth.detach())
         return value
 
-    def _starts(self, restarts: int, sample: Tensor | None) -> list[np.ndarray]:
+    def _starts(self, estimate: _Estimate, restarts: int) -> list[np.ndarray]:
         """The lowest valleys of the grid; where they are few, beside the lowest some with columns
         of different widths."""
         low, high = (self.low - self.log_base).min(), (self.high - self.log_base).max()
@@ -114,7 +128,7 @@ class _Search:
         grid = self.clip(self.log_base + shifts.unsqueeze(-1))
         with torch.no_grad():
             # All of one batch are smoothed by one call of the operator.
-            values = torch.cat([self.value(batch, sample) for batch in grid.split(_BATCH)])
+            values = torch.cat([self.value(estimate, batch) for batch in grid.split(_BATCH)])
         starts = list(grid[_valleys(values.numpy())])
         if len(self.log_base) > 1:
             offsets = np.random.default_rng(0).normal(size=(restarts, len(self.log_base)))
@@ -126,26 +140,26 @@ class _Search:
 
     def _lowest(
         self,
+        estimate: _Estimate,
         starts: list[np.ndarray],
-        sample: Tensor | None,
         tolerance: float,
         inverse: np.ndarray | None = None,
     ) -> Minimum:
         """The lowest value near the starts, until a step promises to gain less than this."""
         if self.smoother.kernel == "boxcar":  # a criterion of steps, without a gradient
-            found = [self._nelder_mead(start, sample) for start in starts]
+            found = [self._nelder_mead(estimate, start) for start in starts]
         else:
             descent = Descent(self.low.numpy(), self.high.numpy(), tolerance)
-            objective = partial(self._with_gradient, sample=sample)
+            objective = partial(self._with_gradient, estimate)
             found = descent.minima(objective, starts, inverse, first_step=0.5 * self.step)
         return min(found, key=lambda minimum: minimum.value)
 
     def _with_gradient(
-        self, places: np.ndarray, sample: Tensor | None
+        self, estimate: _Estimate, places: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray]:
         """Values ``(R,)``, inf where there is none, and gradients ``(R, D)`` at ``(R, D)``."""
         theta = torch.from_numpy(places).requires_grad_()
-        values = self.value(theta, sample)
+        values = self.value(estimate, theta)
         (gradients,) = torch.autograd.grad(values.sum(), theta)
         # Of degree 1 and in windows of one point, where nothing depends on h any more, a gradient
         # may be lost to rounding.
@@ -154,9 +168,9 @@ class _Search:
             gradients.nan_to_num(0.0, 0.0, 0.0).numpy(),
         )
 
-    def _nelder_mead(self, start: np.ndarray, sample: Tensor | None) -> Minimum:
+    def _nelder_mead(self, estimate: _Estimate, start: np.ndarray) -> Minimum:
         def value(place: np.ndarray) -> float:
-            number = float(self.value(torch.from_numpy(place), sample))
+            number = float(self.value(estimate, torch.from_numpy(place)))
             return number if math.isfinite(number) else _STEEP
 
         count = len(start)
@@ -167,6 +181,14 @@ class _Search:
                 options={"initial_simplex": start + self.step * np.eye(count + 1, count)},
             )  # fmt: skip
         return Minimum(found.fun if found.fun < _STEEP else math.inf, found.x, np.eye(count))
+
+
+def _in_random_order(smoother: Smoother) -> Smoother:
+    order = torch.from_numpy(np.random.default_rng(0).permutation(len(smoother.points)))
+    weights = None if smoother.weights is None else smoother.weights[order]
+    return replace(
+        smoother, points=smoother.points[order], values=smoother.values[order], weights=weights
+    )
 
 
 def _valleys(values: np.ndarray) -> np.ndarray:

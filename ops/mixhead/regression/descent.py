@@ -56,9 +56,8 @@ class Descent(NamedTuple):
     ) -> Generator[np.ndarray, tuple[float, np.ndarray], Minimum]:
         """One descent: yields places, is sent their values and gradients.
 
-        BFGS with backtracking (Nocedal & Wright, "Numerical Optimization", 2006, sections 3.1 and
-        6.1). A coordinate at a bound stays there while the gradient presses it on (Bertsekas,
-        "Projected Newton methods", 1982).
+        BFGS (Nocedal & Wright, "Numerical Optimization", 2006, section 6.1). A step that does not
+        lead down enough is not taken, but its gradient is learned from, and the next is shorter.
         """
         identity = np.eye(len(place))
         value, gradient = yield place
@@ -67,33 +66,42 @@ class Descent(NamedTuple):
             inverse = identity * (first_step / max(np.linalg.norm(gradient), 1e-300))
         if not np.isfinite(value):
             return Minimum(np.inf, place, inverse)
+        radius = _RADIUS
         for _ in range(_STEPS):
-            free = (place > self.low) | (gradient < 0)
-            free &= (place < self.high) | (gradient > 0)
-            step = free * (inverse @ (free * -gradient))
-            if -gradient @ step < 2.0 * self.tolerance:
+            free, step = self._step(place, gradient, inverse)
+            length = radius / max(radius, np.abs(step).max())
+            trial = np.clip(place + length * step, self.low, self.high)
+            moved = trial - place
+            if -gradient @ moved < 2.0 * self.tolerance:
                 break
-            length = min(1.0, _RADIUS / np.abs(step).max())
-            while True:
-                trial = np.clip(place + length * step, self.low, self.high)
-                trial_value, trial_gradient = yield trial
-                moved = trial - place
-                slope = min(gradient @ moved, 0.0)
-                if trial_value <= value + 1e-4 * slope:
-                    break
-                # To the lowest point of the parabola through both values and the slope.
-                length *= np.clip(-slope / (2.0 * (trial_value - value - slope)), 0.1, 0.5)
-                if -gradient @ step * length < self.tolerance:
-                    return Minimum(value, place, inverse)
-            # What the gradient changed by, and what it would have if `inverse` were right.
-            change, expected = free * (trial_gradient - gradient), -length * free * gradient
-            place, value, gradient = trial, trial_value, trial_gradient
-            if moved @ expected <= 0.0:
-                continue
-            if not given and moved @ change > 0.0:  # the unit of length was a guess
-                inverse, given = identity * (moved @ moved / (moved @ change)), True
-            inverse = _updated(inverse, moved, change, expected)
+            trial_value, trial_gradient = yield trial
+            if np.isfinite(trial_value):
+                # What the gradient changed by, and would have if `inverse` were right.
+                change = free * (trial_gradient - gradient)
+                expected = -length * free * gradient
+                if not given and moved @ change > 0.0:  # the unit of length was a guess
+                    inverse, given = identity * (moved @ moved / (moved @ change)), True
+                if moved @ expected > 0.0:
+                    inverse = _updated(inverse, moved, change, expected)
+            if trial_value <= value + 1e-4 * gradient @ moved:
+                place, value, gradient, radius = trial, trial_value, trial_gradient, _RADIUS
+            else:
+                radius = 0.3 * np.abs(moved).max()
         return Minimum(value, place, inverse)
+
+    def _step(
+        self, place: np.ndarray, gradient: np.ndarray, inverse: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Newton's step, and which coordinates are free: not at a bound that gradient or step
+        press them against (Bertsekas, "Projected Newton methods", 1982)."""
+        low, high = place <= self.low, place >= self.high
+        free = ~(low & (gradient > 0.0) | high & (gradient < 0.0))
+        while True:
+            step = free * (inverse @ (free * -gradient))
+            pressed = low & (step < 0.0) | high & (step > 0.0)
+            if not pressed.any():
+                return free, step
+            free &= ~pressed
 
 
 def _updated(
