@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import scipy.optimize
 import torch
-from mixhead.regression import criteria
+from mixhead.regression import KernelRegressor, criteria
 from mixhead.regression.descent import Descent
 from mixhead.regression.smoother import Smoother
 
@@ -62,6 +62,16 @@ def test_gradients_at_a_sample():
     torch.testing.assert_close(
         *(torch.autograd.grad(value.sum(), log_h)[0] for value in (estimate, errors))
     )
+
+
+def test_many_points_with_a_long_tail():
+    """Lone points decide between two valleys: float32 has to see how near their neighbours are."""
+    rng = np.random.default_rng(1)
+    x = rng.exponential(1, (1500, 1))
+    y = np.sin(8 / (x[:, 0] + 0.3)) + 0.3 * rng.normal(size=1500)
+    found = KernelRegressor().fit(x, y).loo_error_
+    others = (KernelRegressor(bandwidth=h).fit(x, y) for h in np.geomspace(0.002, 0.5, 60))
+    assert found <= min(other.loo_error_ for other in others) * (1 + 1e-6)
 
 
 def rosenbrock(place):
