@@ -14,15 +14,17 @@ TORCH_LIBRARY(mixhead, m) {
       "merge_attention(Tensor[] outputs, Tensor[] lses) -> (Tensor output, Tensor lse)",
       {at::Tag::pt2_compliant_tag});
 
-  // What autograd calls below mixed_attention. The seed makes dropout a pure function. The last
-  // two are what the backward reads, in the dtype of the log-sum-exps, as a rounded output would
-  // cost the gradients precision: for the gate the outputs over each side alone; for "joint", where
-  // output is rounded, self_output is output before rounding. Otherwise they are empty.
+  // What autograd calls below mixed_attention. The seed makes dropout a pure function. With
+  // for_backward the last two are what the backward reads, in the dtype of the log-sum-exps, as a
+  // rounded output would cost the gradients precision: for the gate the outputs over each side
+  // alone; for "joint", where output is rounded, self_output is output before rounding. Otherwise
+  // they are empty.
   m.def(
       "_mixed_attention_forward(Tensor query, Tensor key, Tensor value, Tensor memory_key, "
       "Tensor memory_value, Tensor mix, str rule, Tensor? attn_mask, Tensor? memory_mask, "
       "Tensor? memory_index, float dropout_p, Tensor? seed, bool is_causal, float? scale, "
-      "bool enable_gqa) -> (Tensor output, Tensor self_lse, Tensor memory_lse, "
+      "bool enable_gqa, bool for_backward=True) -> (Tensor output, Tensor self_lse, Tensor "
+      "memory_lse, "
       "Tensor self_output, Tensor memory_output)",
       {at::Tag::pt2_compliant_tag});
   // Gradients of (query, key, value, memory_key, memory_value, mix, attn_mask, memory_mask); one

@@ -343,7 +343,7 @@ void combine(const ForwardWork& work, int64_t first, int64_t last) {
           side[s], static_cast<Acc*>(work.part_lse[s]) + row, work.source[s].key_splits, all,
           channels);
       static_cast<Acc*>(work.lse[s])[global] = lse[s];
-      if (!p.joint) {
+      if (!p.joint && work.kept_output[s]) {
         round_row(side[s], channels, static_cast<Acc*>(work.kept_output[s]) + global * channels);
       }
     }

@@ -34,7 +34,7 @@ constexpr size_t kDifferentiable = 8;
 std::array<Tensor, kDifferentiable> differentiable(const Arguments& args);
 Arguments with_differentiable(Arguments args, const std::array<Tensor, kDifferentiable>& tensors);
 
-/// output, self_lse, memory_lse, self_output, memory_output (the last two empty for "joint").
+/// output, self_lse, memory_lse, and what the backward reads: self_output, memory_output.
 using Forward = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
 using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 using OutputMask = std::array<bool, kDifferentiable>;
@@ -43,8 +43,11 @@ using OutputMask = std::array<bool, kDifferentiable>;
 /// values (memory_index's range) only where the tensor has them.
 void check(const Arguments& args);
 
+/// Whether self_output and memory_output are wanted; see library.cpp.
+std::array<bool, 2> kept_outputs(const Arguments& args, bool for_backward);
+
 /// Calls of the operators through the dispatcher.
-Forward call_forward(const Arguments& args);
+Forward call_forward(const Arguments& args, bool for_backward);
 Gradients call_backward(
     const std::array<Tensor, 3>& grads, const Arguments& args, const Forward& forward,
     OutputMask output_mask);
@@ -66,7 +69,7 @@ using PublicSignature = std::tuple<Tensor, Tensor, Tensor>(
 using ForwardSignature = Forward(
     const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&,
     std::string_view, const OptionalTensor&, const OptionalTensor&, const OptionalTensor&, double,
-    const OptionalTensor&, bool, std::optional<double>, bool);
+    const OptionalTensor&, bool, std::optional<double>, bool, bool);
 
 /// The signature that every kernel of mixhead::_mixed_attention_backward has.
 using BackwardSignature = Gradients(

@@ -97,7 +97,8 @@ class Attention : public torch::autograd::Function<Attention> {
       const OptionalTensor& /*attn_mask*/, const OptionalTensor& /*memory_mask*/,
       const Arguments& args) {
     at::AutoDispatchBelowADInplaceOrView guard;
-    const auto [output, self_lse, memory_lse, self_output, memory_output] = call_forward(args);
+    const auto [output, self_lse, memory_lse, self_output, memory_output] =
+        call_forward(args, /*for_backward=*/true);
     auto saved = save_arguments(ctx, args);
     const auto kept_output = args.joint() ? output : Tensor();
     saved.insert(saved.end(), {kept_output, self_lse, memory_lse, self_output, memory_output});
@@ -128,7 +129,8 @@ std::tuple<Tensor, Tensor, Tensor> mixed_attention_below_autograd(
                        memory_value, mix,          rule,      attn_mask,
                        memory_mask,  memory_index, dropout_p, draw_seed(dropout_p),
                        is_causal,    scale,        enable_gqa};
-  const auto [output, self_lse, memory_lse, self_output, memory_output] = call_forward(args);
+  const auto [output, self_lse, memory_lse, self_output, memory_output] =
+      call_forward(args, /*for_backward=*/false);
   return {output, self_lse, memory_lse};
 }
 

@@ -95,7 +95,7 @@ Forward forward_cpu(
     const Tensor& memory_value, const Tensor& mix, std::string_view rule,
     const OptionalTensor& attn_mask, const OptionalTensor& memory_mask,
     const OptionalTensor& memory_index, double dropout_p, const OptionalTensor& seed,
-    bool is_causal, std::optional<double> scale, bool enable_gqa) {
+    bool is_causal, std::optional<double> scale, bool enable_gqa, bool for_backward) {
   const Arguments args{query,     key,  value,     memory_key,  memory_value,
                        mix,       rule, attn_mask, memory_mask, memory_index,
                        dropout_p, seed, is_causal, scale,       enable_gqa};
@@ -109,10 +109,9 @@ Forward forward_cpu(
   const auto acc = query.options().dtype(p.type == cpu::Type::float64 ? at::kDouble : at::kFloat);
   const Tensor output = empty(wide, query.options());
   const Tensor lse[2] = {at::empty(rows, acc), at::empty(rows, acc)};
-  const bool rounds = query.scalar_type() != acc.dtype();
+  const auto keep = kept_outputs(args, for_backward);
   const at::DimVector none{0};
-  const Tensor kept[2] = {
-      empty(p.joint && !rounds ? none : wide, acc), empty(p.joint ? none : wide, acc)};
+  const Tensor kept[2] = {empty(keep[0] ? wide : none, acc), empty(keep[1] ? wide : none, acc)};
   const Forward result{output, lse[0], lse[1], kept[0], kept[1]};
   if (p.batch == 0 || p.rows == 0) return result;
 

@@ -12,7 +12,7 @@ Forward forward_meta(
     const Tensor& memory_value, const Tensor& mix, std::string_view rule,
     const OptionalTensor& attn_mask, const OptionalTensor& memory_mask,
     const OptionalTensor& memory_index, double dropout_p, const OptionalTensor& seed,
-    bool is_causal, std::optional<double> scale, bool enable_gqa) {
+    bool is_causal, std::optional<double> scale, bool enable_gqa, bool for_backward) {
   const Arguments args{query,     key,  value,     memory_key,  memory_value,
                        mix,       rule, attn_mask, memory_mask, memory_index,
                        dropout_p, seed, is_causal, scale,       enable_gqa};
@@ -26,10 +26,10 @@ Forward forward_meta(
   const auto kept = [&](bool needed) {
     return needed ? at::empty_symint(output_sizes, lse_options) : at::empty({0}, lse_options);
   };
-  const bool rounds = query.scalar_type() != lse_options.dtype();
+  const auto keep = kept_outputs(args, for_backward);
   return {
       like_output(), at::empty_symint(rows, lse_options), at::empty_symint(rows, lse_options),
-      kept(!args.joint() || rounds), kept(!args.joint())};
+      kept(keep[0]), kept(keep[1])};
 }
 
 Gradients backward_meta(

@@ -161,14 +161,20 @@ Arguments with_differentiable(Arguments args, const std::array<Tensor, kDifferen
   return args;
 }
 
-Forward call_forward(const Arguments& args) {
+std::array<bool, 2> kept_outputs(const Arguments& args, bool for_backward) {
+  const auto dtype = args.query.scalar_type();
+  const bool rounds = dtype != at::kFloat && dtype != at::kDouble;
+  return {for_backward && (!args.joint() || rounds), for_backward && !args.joint()};
+}
+
+Forward call_forward(const Arguments& args, bool for_backward) {
   static const auto op = c10::Dispatcher::singleton()
                              .findSchemaOrThrow("mixhead::_mixed_attention_forward", "")
                              .typed<ForwardSignature>();
   return op.call(
       args.query, args.key, args.value, args.memory_key, args.memory_value, args.mix, args.rule,
       args.attn_mask, args.memory_mask, args.memory_index, args.dropout_p, args.seed,
-      args.is_causal, args.scale, args.enable_gqa);
+      args.is_causal, args.scale, args.enable_gqa, for_backward);
 }
 
 Gradients call_backward(

@@ -134,7 +134,7 @@ Forward forward_portable(
     const Tensor& memory_value, const Tensor& mix, std::string_view rule,
     const OptionalTensor& attn_mask, const OptionalTensor& memory_mask,
     const OptionalTensor& memory_index, double dropout_p, const OptionalTensor& seed,
-    bool is_causal, std::optional<double> scale, bool enable_gqa) {
+    bool is_causal, std::optional<double> scale, bool enable_gqa, bool for_backward) {
   const Arguments args{query,     key,  value,     memory_key,  memory_value,
                        mix,       rule, attn_mask, memory_mask, memory_index,
                        dropout_p, seed, is_causal, scale,       enable_gqa};
@@ -145,13 +145,13 @@ Forward forward_portable(
       query.options().dtype(query.scalar_type() == at::kDouble ? at::kDouble : at::kFloat);
   const auto output = at::empty(wide, query.options());
   const auto self_lse = at::empty(rows, lse_options), memory_lse = at::empty(rows, lse_options);
-  const bool rounds = query.scalar_type() != lse_options.dtype();
+  const auto keep = kept_outputs(args, for_backward);
   const at::DimVector none{0};
-  const auto self_output = at::empty(args.joint() && !rounds ? none : wide, lse_options);
-  const auto memory_output = at::empty(args.joint() ? none : wide, lse_options);
+  const auto self_output = at::empty(keep[0] ? wide : none, lse_options);
+  const auto memory_output = at::empty(keep[1] ? wide : none, lse_options);
   std::vector<Tensor> outputs{output, self_lse.unsqueeze(-1), memory_lse.unsqueeze(-1)};
-  if (!args.joint() || rounds) outputs.push_back(self_output);
-  if (!args.joint()) outputs.push_back(memory_output);
+  if (keep[0]) outputs.push_back(self_output);
+  if (keep[1]) outputs.push_back(memory_output);
   chunked::forward(problem_of(args), outputs);
   return {output, self_lse, memory_lse, self_output, memory_output};
 }

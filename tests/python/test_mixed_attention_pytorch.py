@@ -46,6 +46,31 @@ def test_meta_and_fake_shapes(sample):
             assert (got.shape, got.dtype, got.stride()) == (want.shape, want.dtype, want.stride())
 
 
+class Kept(TorchDispatchMode):
+    """Notes how many numbers the op below autograd keeps for the backward."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        results = function(*args, **(kwargs or {}))
+        if function is torch.ops.mixhead._mixed_attention_forward.default:
+            self.numbers = [kept.numel() for kept in results[3:]]
+        return results
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_a_forward_alone_keeps_nothing_for_the_backward(device):
+    for rule, dtype, expected in [
+        ("gate", torch.float32, [1, 1]),
+        ("joint", torch.float32, [0, 0]),
+        ("joint", torch.bfloat16, [1, 0]),
+    ]:
+        sample = Sample("kept", options={"rule": rule})
+        for requires_grad in (False, True):
+            tensors, options = sample.make(dtype, requires_grad=requires_grad, device=device)
+            with Kept() as kept:
+                output = mixed_attention(*tensors, **options)[0]
+            assert kept.numbers == [requires_grad * one * output.numel() for one in expected]
+
+
 class Dtypes(TorchDispatchMode):
     """Notes the dtypes in which the op below autocast receives its arguments."""
 
