@@ -39,7 +39,8 @@ Tensor offsets(const Tensor& query, const Tensor& key) {
 
 /// Moments of the offsets and values under `weights` (b, heads, groups, rows, S) that sum to 1.
 /// Second moments are about the mean, in a second pass: windows are small against their distance
-/// from the origin, and from the query where it stands outside of its data.
+/// from the origin, and from the query where it stands outside of its data. The weighted offsets
+/// add up to 0 but for rounding, which the level of the values would magnify.
 Moments moments(
     const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& weights) {
   const auto offset = offsets(query, key);
@@ -47,11 +48,13 @@ Moments moments(
   const auto centred = offset - mean;
   const auto weighted = centred * weights.unsqueeze(-2);
   const auto rows = query.size(2), channels = query.size(3);
+  const auto level = value.detach().mean(-2, /*keepdim=*/true);
   return {
       .mean = mean.flatten(1, 2),
       .covariance = at::matmul(weighted, centred.transpose(-2, -1)).flatten(1, 2),
       .value = dense::weighted_sum(weights, value).unsqueeze(-2),
-      .cross = dense::weighted_sum(weighted.flatten(3, 4), value).unflatten(2, {rows, channels})};
+      .cross = dense::weighted_sum(weighted.flatten(3, 4), value - level)
+                   .unflatten(2, {rows, channels})};
 }
 
 /// (output, slope, leverage, log_mass) of one chunk, D and Dv of the slope in one dimension; in:

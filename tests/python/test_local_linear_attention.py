@@ -325,6 +325,17 @@ def test_no_cancellation_far_from_the_origin(kernel):
         assert_near(mine, theirs, torch.float32, name, scale=4.0)
 
 
+def test_slope_does_not_depend_on_the_level_of_the_values():
+    """In float32, values of spread 1 around 10,000."""
+    query, key, value = inputs(keys=40)
+    level = 1e4
+    got = local_linear_attention(
+        query.float(), key.float(), (value + level).float(), HEAD.float(), ["gaussian"]
+    )
+    want = reference.local_linear_attention(query, key, value, HEAD, ["gaussian"])
+    assert_near(got[1], want[1], torch.float32, "slope")
+
+
 def test_nan_propagates():
     query, key, value = inputs()
     query[0, 0, 0, 0] = math.nan
