@@ -94,7 +94,7 @@ class Run:
             self.process = subprocess.Popen(
                 [str(word) for word in [*command, *["--quick"] * self.quick]],
                 stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT,
-                env={**os.environ, **alone}, start_new_session=True,
+                env={**os.environ, **alone}, preexec_fn=os.setpgrp,  # killed with what it starts
             )  # fmt: skip
 
     def poll(self) -> str | None:
@@ -207,6 +207,8 @@ def main() -> int:
 
 
 if __name__ == "__main__":
+    # Ended from outside, it ends its runs too.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
         sys.exit(main())
     except KeyboardInterrupt:
