@@ -1,5 +1,6 @@
 """Example 08, small, as a user would run it: its figures, its controls, its files."""
 
+import mixhead  # noqa: F401 (the operators that a saved model calls)
 import pytest
 import torch
 from example_runs import ROOT, assert_files, run_example
