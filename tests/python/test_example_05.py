@@ -33,7 +33,7 @@ def modules(monkeypatch):
 def test_figures(occlusion):
     figures = occlusion[1]
     assert figures["size_difference"] <= 0.02
-    assert 147_000 <= figures["vit_parameters"] <= 153_000
+    assert 145_000 <= figures["vit_parameters"] <= 155_000
     assert figures["vit_minus_cnn_50"] >= 0.15
     # A few seconds of training: the full figures are those of the default run.
     assert figures["clean_gap"] <= 0.15
