@@ -15,7 +15,6 @@ namespace {
 enum class Form : uint8_t { product, unit_product, difference, expansion };
 
 constexpr int64_t kFewChannels = 8;
-constexpr int64_t kRegressionPanels = 4;  // at most, that share a block of keys
 
 template <class T>
 constexpr T kNan = static_cast<T>(__builtin_nan(""));
@@ -88,17 +87,22 @@ void write_row(Type type, const Acc* from, int64_t count, void* data, int64_t el
   for (int64_t c = 0; c < count; ++c) store_as(type, data, element + c, from[c]);
 }
 
+/// The inner product of two rows.
+template <class Acc>
+Acc inner_product(const Acc* a, const Acc* b, int64_t channels) {
+  const int64_t whole = channels / kLanes<Acc> * kLanes<Acc>;
+  Vector<Acc> products{};
+  for (int64_t c = 0; c < whole; c += kLanes<Acc>) {
+    products += load<Acc>(a + c) * load<Acc>(b + c);
+  }
+  Acc sum = whole > 0 ? total<Acc>(products) : Acc{0};
+  for (int64_t c = whole; c < channels; ++c) sum += a[c] * b[c];
+  return sum;
+}
+
 template <class Acc>
 Acc squared_length(const Acc* row, int64_t channels) {
-  const int64_t whole = channels / kLanes<Acc> * kLanes<Acc>;
-  Vector<Acc> squares{};
-  for (int64_t c = 0; c < whole; c += kLanes<Acc>) {
-    const auto part = load<Acc>(row + c);
-    squares += part * part;
-  }
-  Acc sum = whole > 0 ? total<Acc>(squares) : Acc{0};
-  for (int64_t c = whole; c < channels; ++c) sum += row[c] * row[c];
-  return sum;
+  return inner_product(row, row, channels);
 }
 
 /// The length that a row is divided by; 1 for a zero row, which stays zero.

@@ -111,7 +111,7 @@ void place_gradient(const RegressionBackward& work, int lane, GradientScratch<Ac
       Acc product = 0;
       if (r.normalize) {
         read_row(p.type, work.output, place(work.output), channels, output);
-        for (int64_t c = 0; c < channels; ++c) product += grad[c] * output[c];
+        product = inner_product(grad, output, channels);
       }
       scratch.delta[lane] = product - grad_mass;
     }

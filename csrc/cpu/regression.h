@@ -11,6 +11,8 @@
 /// key unit the same of a key head.
 namespace mixhead::cpu {
 
+constexpr int64_t kRegressionPanels = 8;  // of rows, at most, that share a block of keys
+
 struct Regression {
   Problem problem;                // source[0] the keys; source[1], mix and scale unused
   const Kernel* kernel;           // of each query head

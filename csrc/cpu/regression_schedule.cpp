@@ -10,7 +10,6 @@ namespace {
 constexpr int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 constexpr int64_t kItemsPerThread = 4;
-constexpr int64_t kPanels = 4;  // that share a block of keys
 /// Multiply-adds below which a second thread costs more than it brings.
 constexpr int64_t kSerialWork = int64_t{1} << 19;
 
@@ -56,7 +55,11 @@ RegressionItems split_regression(
   work.units = key_units(p) * p.groups;
   work.unit_rows = rows_of_unit(p, p.rows);
   const int64_t panels = divide_up(work.unit_rows, lanes);
-  work.panels = std::clamp<int64_t>(work.units * panels / wanted, 1, kPanels);
+  // Panels that share a block of keys: their queries and outputs stay in the second cache.
+  const int64_t panel_bytes = lanes * (p.channels + p.value_channels) * kernels.accumulator_bytes;
+  const int64_t fitting =
+      std::clamp<int64_t>(caches().second / 4 / panel_bytes, 1, kRegressionPanels);
+  work.panels = std::clamp<int64_t>(work.units * panels / wanted, 1, fitting);
   work.row_block = std::min(work.unit_rows, work.panels * lanes);
   work.row_blocks = divide_up(work.unit_rows, work.row_block);
   const int64_t items = work.units * work.row_blocks;
