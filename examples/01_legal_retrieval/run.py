@@ -42,11 +42,11 @@ def arguments() -> argparse.Namespace:
     sizes = {
         "length": (512, "tokens of a document"),
         "distractors": (8, "distracting citations of each type in a document"),
-        "steps": (1000, "training steps"),
-        "control-steps": (600, "training steps of each control"),
+        "steps": (2000, "training steps"),
+        "control-steps": (1000, "training steps of each control"),
         "batch": (16, "documents a step"),
-        "tests": (1000, "documents of each test"),
-        "long-tests": (200, "documents of the test with documents eight times as long"),
+        "tests": (3000, "documents of each test"),
+        "long-tests": (600, "documents of the test with documents eight times as long"),
         "test-batch": (20, "documents read at a time in the tests"),
         "width": (48, "channels of the model"),
         "buckets": (8192, "rows of the table of character runs"),
@@ -97,7 +97,7 @@ def main() -> dict:
     frozen = with_frozen_key(model)
     train(frozen, training, args.control_steps, args, "frozen W_K")
     single = Retriever(args.width, 1, args.buckets)
-    train(single, training, args.steps, args, "one head")
+    train(single, training, args.control_steps, args, "one head")
     single_reading = Reading(single, tests(), args.tests, args.length, args)
     result["frozen_key_projection"] = Reading(frozen, tests(), args.tests, args.length, args).both
     result["single_head_same_width"] = single_reading.both

@@ -23,7 +23,7 @@ from model import CharacterEncoder, DelimiterHeads  # noqa: E402
 from shared.example import argument_parser, run, save_model  # noqa: E402
 from training import boundaries, grammar_figures, learn_english, learn_grammar  # noqa: E402
 
-QUICK = {"steps": 60, "batch": 12, "grammar_steps": 120, "grammar_batch": 12, "tests": 5}
+QUICK = {"steps": 100, "batch": 12, "grammar_steps": 120, "grammar_batch": 12, "tests": 5}
 
 
 def arguments() -> argparse.Namespace:

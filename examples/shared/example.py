@@ -54,7 +54,7 @@ def save_model(model: nn.Module, path: Path) -> None:
         torch.jit.script(model).save(temporary)
 
 
-def run(main: Callable[[], dict], goals: Goals | None = None) -> None:
+def run(main: Callable[[], dict], goals: Goals) -> None:
     """Runs an example and prints its figures beside their goals; the last line has all of them.
     Ctrl-C ends it in one line."""
     try:
@@ -63,7 +63,7 @@ def run(main: Callable[[], dict], goals: Goals | None = None) -> None:
         print("\nInterrupted: no file was left half-written.", file=sys.stderr)
         sys.exit(130)
     rounded = {k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in figures.items()}
-    for key, goal in (goals or {}).items():
+    for key, goal in goals.items():
         if key in rounded:
             print(f"{key:34} {rounded[key]!s:12} {goal!s:24} {goal.verdict(rounded[key])}")
     print("RESULT", json.dumps(rounded), flush=True)
