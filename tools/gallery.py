@@ -35,7 +35,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--resume", action="store_true", help="run only what has no result yet")
     parser.add_argument("--quick", action="store_true", help="small runs, for a test of this tool")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="runs at a time")
-    parser.add_argument("--limit", type=float, default=1200, help="seconds a run may take")
+    parser.add_argument("--limit", type=float, default=1800, help="seconds a run may take")
     parser.add_argument("--examples", type=Path, default=ROOT / "examples", help="where they are")
     parser.add_argument("--results", type=Path, help="default: build/gallery")
     parser.add_argument(
