@@ -33,7 +33,7 @@ from shared.example import argument_parser, run, save_model  # noqa: E402
 from torch import nn  # noqa: E402
 from training import interval, right_answers, train  # noqa: E402
 
-QUICK = {"trainings": 1, "epochs": 4, "corner_steps": 250, "corner_tests": 250, "draws": 1}
+QUICK = {"trainings": 1, "epochs": 4, "corner_steps": 160, "corner_tests": 250, "draws": 1}
 SHARES = (0.0, 0.25, 0.5, 0.75)
 
 
@@ -52,7 +52,7 @@ def arguments() -> argparse.Namespace:
         "channels": (32, "channels of the first convolution"),
         "corner-width": (64, "channels of the attention layer of the corners"),
         "corner-channels": (48, "channels of the first convolution of the corners"),
-        "corner-steps": (800, "training steps of the corners"),
+        "corner-steps": (1000, "training steps of the corners"),
         "corner-batch": (128, "images a step of the corners, a multiple of 4"),
         "corner-tests": (1000, "times four test images of the corners"),
         "train-images": (6000, "training images, of Fashion-MNIST"),
@@ -65,7 +65,7 @@ def arguments() -> argparse.Namespace:
         "test-share": (0.25, "share of the digits that is the test"),
         "lr": (1.5e-3, "learning rate"),
         "weight-decay": (0.05, "weight decay"),
-        "corner-lr": (3e-3, "learning rate of the corners"),
+        "corner-lr": (5e-3, "learning rate of the corners"),
     }
     for name, (default, text) in rates.items():
         parser.add_argument(f"--{name}", type=float, default=default, help=text)
