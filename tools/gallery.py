@@ -141,7 +141,7 @@ def run_all(runs: list[Run], jobs: int, limit: float) -> list[str]:
     """Runs them, the longest first, so that all processors are busy to the end; a line for each
     that failed."""
     waiting, running, failures = list(runs), [], []
-    with tqdm(total=len(runs), unit="run", disable=not runs) as progress:
+    with tqdm(total=len(runs), unit="run", mininterval=1, miniters=0, disable=not runs) as progress:
         try:
             while waiting or running:
                 while waiting and len(running) < jobs:
@@ -162,7 +162,9 @@ def run_all(runs: list[Run], jobs: int, limit: float) -> list[str]:
                         progress.write(failures[-1])
                     else:
                         progress.write(f"{run}: {run.seconds:.0f} s")
-                progress.set_postfix_str(", ".join(f"{run} {run.seconds:.0f} s" for run in running))
+                now = ", ".join(f"{run} {run.seconds:.0f} s" for run in running)
+                progress.set_postfix_str(now, refresh=False)
+                progress.update(0)
                 time.sleep(0.2)
         finally:
             for run in running:
