@@ -23,9 +23,8 @@ TORCH_LIBRARY(mixhead, m) {
       "_mixed_attention_forward(Tensor query, Tensor key, Tensor value, Tensor memory_key, "
       "Tensor memory_value, Tensor mix, str rule, Tensor? attn_mask, Tensor? memory_mask, "
       "Tensor? memory_index, float dropout_p, Tensor? seed, bool is_causal, float? scale, "
-      "bool enable_gqa, bool for_backward=True) -> (Tensor output, Tensor self_lse, Tensor "
-      "memory_lse, "
-      "Tensor self_output, Tensor memory_output)",
+      "bool enable_gqa, bool for_backward=True) -> (Tensor output, Tensor self_lse, "
+      "Tensor memory_lse, Tensor self_output, Tensor memory_output)",
       {at::Tag::pt2_compliant_tag});
   // Gradients of (query, key, value, memory_key, memory_value, mix, attn_mask, memory_mask); one
   // that output_mask does not ask for is an empty tensor.
