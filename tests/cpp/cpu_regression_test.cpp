@@ -7,16 +7,18 @@
 #include <algorithm>
 #include <cmath>
 #include <functional>
-#include <limits>
 #include <random>
 #include <string>
 #include <vector>
 
+#include "cpu_testing.h"
+
 namespace {
 
 using namespace mixhead::cpu;
+using cpu_testing::Doubles;
+using cpu_testing::expect_near;
 using mixhead::Kernel;
-using Doubles = std::vector<double>;
 
 struct Case {
   const char* name;
@@ -103,7 +105,7 @@ Results reference(const Case& c, const Named& named, const Arrays& a) {
   const int64_t d = c.channels, w = c.value_channels;
   Results r;
   r.output.assign(a.grad.size(), 0.0);
-  r.mass.assign(a.grad_mass.size(), -std::numeric_limits<double>::infinity());
+  r.mass.assign(a.grad_mass.size(), -cpu_testing::kInf);
   r.grad_query.assign(a.query.size(), 0.0);
   r.grad_key.assign(a.key.size(), 0.0);
   r.grad_value.assign(a.value.size(), 0.0);
@@ -325,22 +327,6 @@ class Engine {
   Numbers centre_, boxes_, output_, mass_, grad_query_, grad_key_, grad_value_;
   Doubles precision_, grad_bandwidth_;
 };
-
-void expect_near(
-    const Doubles& found, const Doubles& wanted, double tolerance, const std::string& what) {
-  ASSERT_EQ(found.size(), wanted.size()) << what;
-  double magnitude = 1.0, worst = 0.0;
-  for (size_t i = 0; i < wanted.size(); ++i) {
-    if (std::isinf(wanted[i])) {
-      EXPECT_EQ(found[i], wanted[i]) << what;
-      continue;
-    }
-    magnitude = std::max(magnitude, std::abs(wanted[i]));
-    worst = std::max(worst, std::abs(found[i] - wanted[i]));
-    EXPECT_FALSE(std::isnan(found[i])) << what;
-  }
-  EXPECT_LE(worst, tolerance * magnitude) << what;
-}
 
 class RegressionTest : public testing::TestWithParam<const char*> {};
 
