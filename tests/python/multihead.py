@@ -70,3 +70,16 @@ def saved_and_loaded(scripted):
     torch.jit.save(scripted, file)
     file.seek(0)
     return torch.jit.load(file)
+
+
+def compiled_like_eager(layer, tensors, keywords):
+    """`layer` compiled, after its gradients were found equal to those without compilation."""
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    gradients = []
+    for run in (layer, compiled):
+        layer.zero_grad()
+        output, weights = run(*tensors, **keywords)
+        (output.sin().sum() + weights.square().sum()).backward()
+        gradients.append([parameter.grad for parameter in layer.parameters()])
+    torch.testing.assert_close(gradients[1], gradients[0])
+    return compiled

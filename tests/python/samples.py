@@ -9,6 +9,7 @@ import math
 import zlib
 from collections.abc import Callable
 
+import pytest
 import torch
 
 
@@ -410,3 +411,11 @@ def _small(sample):
 SMALL = [
     _small(sample) for sample in SAMPLES if sample.name.removeprefix("joint, ") in _SMALL_NAMES
 ]
+
+
+def each_sample(samples=SAMPLES):
+    return pytest.mark.parametrize("sample", samples, ids=lambda sample: sample.name)
+
+
+def named(name):
+    return next(sample for sample in SAMPLES if sample.name == name)

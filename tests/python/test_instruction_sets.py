@@ -16,6 +16,7 @@ FILES = [
     str(HERE / name)
     for name in (
         "test_mixed_attention.py",
+        "test_mixed_attention_meaning.py",
         "test_mixed_attention_dropout.py",
         "test_topk_keys.py",
     )

@@ -17,6 +17,7 @@ from multihead import (
     KEYS,
     LENGTH,
     compare_with_torch,
+    compiled_like_eager,
     inputs,
     masks,
     randomized,
@@ -331,14 +332,7 @@ def test_exports_with_any_length():
 @pytest.mark.parametrize("name", VARIANTS)
 def test_compiles_forward_and_backward(name):
     layer, tensors, keywords = variant(name)
-    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
-    gradients = []
-    for run in (layer, compiled):
-        layer.zero_grad()
-        output, weights = run(*tensors, **keywords)
-        (output.sin().sum() + weights.square().sum()).backward()
-        gradients.append([parameter.grad for parameter in layer.parameters()])
-    torch.testing.assert_close(gradients[1], gradients[0])
+    compiled_like_eager(layer, tensors, keywords)
 
 
 def test_dropout_only_in_training():

@@ -7,7 +7,7 @@ import pytest
 import reference
 import torch
 from compare import assert_near, assert_same_bits
-from samples import NAMES, SAMPLES, SMALL, Sample, floating
+from samples import NAMES, SAMPLES, SMALL, Sample, each_sample, floating
 from torch.utils._python_dispatch import TorchDispatchMode
 
 mixed_attention = torch.ops.mixhead.mixed_attention
@@ -34,7 +34,7 @@ DROPPED = [
     )
     if sample.name == name
 ]
-each_dropped = pytest.mark.parametrize("sample", DROPPED, ids=lambda sample: sample.name)
+each_dropped = each_sample(DROPPED)
 
 
 class Seeds(TorchDispatchMode):

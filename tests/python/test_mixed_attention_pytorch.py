@@ -7,7 +7,7 @@ import pytest
 import reference
 import torch
 from compare import assert_near, assert_same_bits
-from samples import NAMES, SAMPLES, Sample, floating
+from samples import NAMES, SAMPLES, Sample, each_sample, floating
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -18,7 +18,7 @@ OPCHECKED = [*SAMPLES, Sample("dropout", options={"dropout_p": 0.5})]
 
 # opcheck looks at .grad of the clones it makes.
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")
-@pytest.mark.parametrize("sample", OPCHECKED, ids=lambda sample: sample.name)
+@each_sample(OPCHECKED)
 def test_opcheck(sample):
     dtype = torch.float32 if len(sample.name) % 2 else torch.float64
     tensors, options = sample.make(dtype, requires_grad=True)
@@ -28,7 +28,7 @@ def test_opcheck(sample):
     torch.library.opcheck(mixed_attention.default, tensors, options, test_utils=utilities)
 
 
-@pytest.mark.parametrize("sample", SAMPLES, ids=lambda sample: sample.name)
+@each_sample()
 def test_meta_and_fake_shapes(sample):
     """Shapes, dtypes and strides of the outputs are known without the numbers."""
     tensors, options = sample.make(torch.bfloat16)
