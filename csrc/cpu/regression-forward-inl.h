@@ -38,6 +38,16 @@ struct RegressionScratch {
   }
 };
 
+template <class Acc>
+void start_sums(const Problem& p, const KernelLoops<Acc>& loops, RegressionPanel<Acc>& panel) {
+  for (int64_t j = 0; j < p.value_channels * kPanelLanes<Acc>; ++j) panel.output[j] = 0;
+  for (int64_t j = 0; j < kPanelLanes<Acc>; ++j) {
+    panel.highest[j] = loops.running ? -kInfinity<Acc> : Acc{0};
+    panel.sum[j] = 0;
+  }
+  panel.settled = false;
+}
+
 /// A block of keys past one panel.
 template <class Acc, int vectors>
 void regress_block(
@@ -173,12 +183,7 @@ void regression_forward(const RegressionForward& work, int64_t number, void* mem
       return query_position(p, {0, p.rows}, query_unit, first_row + range.first + lane);
     };
     place_queries(points, r, range.count, position_of, panel.queries, [](int, const Acc*) {});
-    for (int64_t j = 0; j < p.value_channels * kPanelLanes<Acc>; ++j) panel.output[j] = 0;
-    for (int64_t j = 0; j < kPanelLanes<Acc>; ++j) {
-      panel.highest[j] = loops.running ? -kInfinity<Acc> : Acc{0};
-      panel.sum[j] = 0;
-    }
-    panel.settled = false;
+    start_sums(p, loops, panel);
   }
   const int64_t begin = split * work.key_split;
   const int64_t end = smaller(p.source[0].keys, begin + work.key_split);

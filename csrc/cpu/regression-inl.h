@@ -1,5 +1,6 @@
 #pragma once
 // Kernel regression: the table of functions for the instruction set at hand.
+#include "cpu/local-gradient-inl.h"
 #include "cpu/nearest-inl.h"
 #include "cpu/regression-forward-inl.h"
 #include "cpu/regression-mask-inl.h"
@@ -24,6 +25,10 @@ constexpr RegressionKernels kRegression{
     .reduce = regression_reduce<Acc>,
     .mask_items = regression_mask_items<Acc>,
     .mask_item = regression_mask<Acc>,
+    .local_moments_scratch = local_moments_scratch<Acc>,
+    .local_moments_item = local_moments<Acc>,
+    .local_gradient_scratch = local_gradient_scratch<Acc>,
+    .local_gradient_item = local_gradient<Acc>,
 };
 
 inline const RegressionKernels& regression_table(Type type) {

@@ -76,6 +76,9 @@ struct NearestWork {
   void* output;          // takes that key's value; contiguous (batch, heads, rows, value channels)
 };
 
+struct LocalMoments;
+struct LocalGradient;
+
 /// The functions of one instruction set for one accumulation dtype. Items are numbered; any thread
 /// may do any of them.
 struct RegressionKernels {
@@ -96,6 +99,10 @@ struct RegressionKernels {
   void (*reduce)(const RegressionBackward&, int64_t first, int64_t last, void* scratch);
   int64_t (*mask_items)(const RegressionMask&);
   void (*mask_item)(const RegressionMask&, int64_t item, void* scratch);
+  int64_t (*local_moments_scratch)(const LocalMoments&);
+  void (*local_moments_item)(const LocalMoments&, int64_t item, void* scratch);
+  int64_t (*local_gradient_scratch)(const LocalGradient&);
+  void (*local_gradient_item)(const LocalGradient&, int64_t item, void* scratch);
 };
 
 /// Of the instruction set that kernels() chooses; `type` is float32 or float64.

@@ -74,6 +74,26 @@ RegressionItems split_regression(
   return {items * work.key_splits, parallel};
 }
 
+void split_local(
+    const RegressionKernels& kernels, int64_t threads, int64_t rows, RegressionForward& work) {
+  const auto& p = work.regression.problem;
+  const int64_t lanes = kernels.panel_lanes;
+  work.block_keys = regression_block(kernels);
+  work.units = key_units(p) * p.groups;
+  work.unit_rows = rows_of_unit(p, rows);
+  work.key_split = p.source[0].keys;
+  work.key_splits = 1;
+  const int64_t panel_bytes =
+      lanes * p.value_channels * (p.channels + 4) * kernels.accumulator_bytes;
+  const int64_t fitting =
+      std::clamp<int64_t>(caches().second / 4 / panel_bytes, 1, kRegressionPanels);
+  const int64_t wanted = threads > 1 ? threads * kItemsPerThread : 1;
+  work.panels =
+      std::clamp<int64_t>(work.units * divide_up(work.unit_rows, lanes) / wanted, 1, fitting);
+  work.row_block = std::min(work.unit_rows, work.panels * lanes);
+  work.row_blocks = divide_up(work.unit_rows, work.row_block);
+}
+
 RegressionSchedule schedule_regression(
     const Problem& p, const RegressionKernels& kernels, int64_t threads) {
   RegressionSchedule schedule{};

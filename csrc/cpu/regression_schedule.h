@@ -20,6 +20,11 @@ struct RegressionItems {
 RegressionItems split_regression(
     const RegressionKernels& kernels, int64_t threads, RegressionForward& work);
 
+/// Cuts `rows` rows into blocks whose moments and their gradients (local_moments.h) stay in the
+/// second cache; the keys are not split.
+void split_local(
+    const RegressionKernels& kernels, int64_t threads, int64_t rows, RegressionForward& work);
+
 /// How the backward is cut: waves of key units and chunks of rows whose partial query gradients fit
 /// the budget. Weights are recomputed once for all gradients, unless the keys' accumulators of a
 /// wave would not fit between chunks: then once for the keys' and once for the queries'.

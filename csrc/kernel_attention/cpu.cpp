@@ -1,12 +1,9 @@
 #include <ATen/ops/empty.h>
-#include <ATen/ops/from_blob.h>
-#include <ATen/ops/full.h>
 #include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
 #include <array>
 #include <atomic>
-#include <cmath>
 #include <tuple>
 #include <vector>
 
@@ -14,7 +11,7 @@
 #include "cpu/regression_schedule.h"
 #include "engine_call.h"
 #include "kernel_attention/arguments.h"
-#include "kernel_attention/kernels.h"
+#include "kernel_attention/plain.h"
 
 /// kernel_attention on the CPU engine: tensors to plain pointers, then the engine's items over
 /// threads.
@@ -24,118 +21,11 @@ namespace {
 using engine::allocate;
 using engine::Places;
 using engine::run_items;
-using engine::Views;
 
 /// What the last forward did with its blocks of keys; for the benchmark to read.
 struct {
   std::atomic<int64_t> read, skipped;
 } last_blocks;
-
-bool is_compact(Kernel kernel) {
-  return kernel == Kernel::epanechnikov || kernel == Kernel::tricube || kernel == Kernel::boxcar;
-}
-
-/// 1 / h as (query heads, channels), in float64.
-Tensor inverse_bandwidth(const Arguments& args) {
-  const auto heads = args.query.size(-3), channels = args.query.size(-1);
-  const auto options = args.query.options().dtype(at::kDouble);
-  if (!args.bandwidth) {
-    return at::full({heads, channels}, std::pow(static_cast<double>(channels), -0.25), options);
-  }
-  auto inverse = args.bandwidth->detach().to(at::kDouble).reciprocal();
-  if (inverse.dim() < 2) inverse = inverse.reshape({-1, 1});
-  return inverse.expand({heads, channels}).contiguous();
-}
-
-/// The plain form of one call's arguments; owns what it points to.
-class Plain {
- public:
-  explicit Plain(const Arguments& args);
-  const cpu::Regression& regression() const { return regression_; }
-  const cpu::Problem& problem() const { return regression_.problem; }
-  const cpu::RegressionKernels& functions() const { return functions_; }
-  at::ScalarType accumulator() const { return accumulator_; }
-  int64_t rows() const {
-    const auto& p = problem();
-    return p.batch * p.key_heads * p.groups * p.rows;
-  }
-
-  cpu::View view(const Tensor& tensor, int64_t columns) {
-    const auto& p = problem();
-    return views_.view(tensor, p.key_heads * p.groups, p.rows, columns);
-  }
-  /// Centres and boxes of the keys, which the items read.
-  void summarise(bool parallel) {
-    run_items(
-        cpu::key_units(problem()), parallel, functions_.summarise_scratch(regression_),
-        [&](int64_t unit, void* scratch) { functions_.summarise(regression_, unit, scratch); });
-  }
-
- private:
-  Views views_;
-  cpu::Regression regression_{};
-  at::ScalarType accumulator_;
-  const cpu::RegressionKernels& functions_;
-  std::vector<Kernel> kernels_;
-  Tensor inverse_;
-  std::vector<double> precision_;
-  at::DataPtr centre_, boxes_;
-};
-
-Plain::Plain(const Arguments& args)
-    : views_(args.query.sizes().slice(0, args.query.dim() - 3)),
-      accumulator_(args.query.scalar_type() == at::kDouble ? at::kDouble : at::kFloat),
-      functions_(cpu::regression_kernels(engine::type_of(accumulator_))) {
-  auto& p = regression_.problem;
-  const int64_t heads = args.query.size(-3), keys = args.key.size(-2);
-  p.type = engine::type_of(args.query.scalar_type());
-  p.batch = views_.batch();
-  p.key_heads = args.key.size(-3);
-  p.groups = heads / p.key_heads;
-  p.rows = args.query.size(-2);
-  p.channels = args.query.size(-1);
-  p.value_channels = args.value.size(-1);
-  p.query = view(args.query, p.channels);
-  auto& source = p.source[0];
-  source.key = views_.view(args.key, p.key_heads, keys, p.channels);
-  source.value = views_.view(args.value, p.key_heads, keys, p.value_channels);
-  source.keys = source.slots = keys;
-  source.shared = args.key.dim() == 3;
-  source.causal = args.is_causal;
-  source.mask = views_.mask(args.attn_mask, heads, p.rows, keys);
-  if (args.dropout_p > 0.0) {
-    p.dropout.on = true;
-    p.dropout.seed = args.seed->item<int64_t>();
-    p.dropout.threshold = static_cast<uint64_t>(args.dropout_p * 4294967296.0);
-    p.dropout.keep_scale = args.dropout_p < 1.0 ? 1.0 / (1.0 - args.dropout_p) : 0.0;
-  }
-
-  bool compact = false;
-  for (const std::string& name : args.kernel) kernels_.push_back(*kernel_named(name));
-  kernels_.resize(heads, kernels_[0]);
-  for (const auto kernel : kernels_) compact |= is_compact(kernel);
-  regression_.kernel = kernels_.data();
-  const auto inverse = inverse_bandwidth(args);
-  inverse_ = inverse.to(accumulator_);
-  regression_.inverse_bandwidth = inverse_.const_data_ptr();
-  for (int64_t head = 0; head < heads; ++head) {
-    const double first = p.channels > 0 ? inverse.const_data_ptr<double>()[head * p.channels] : 1.0;
-    precision_.push_back(first * first);
-  }
-  regression_.precision = precision_.data();
-  const int64_t units = cpu::key_units(p), bytes = functions_.accumulator_bytes;
-  centre_ = allocate(units * p.channels * bytes);
-  regression_.centre = centre_.get();
-  regression_.box_keys = cpu::regression_block(functions_);
-  if (compact) {
-    const int64_t blocks = (keys + regression_.box_keys - 1) / regression_.box_keys;
-    boxes_ = allocate(units * blocks * 2 * p.channels * bytes);
-    regression_.boxes = boxes_.get();
-  }
-  regression_.normalize = args.normalize;
-  regression_.exclude_self = args.exclude_self;
-  regression_.nan_where_empty = args.empty == "nan";
-}
 
 /// The key that each empty row takes, and its value where `output` is given.
 std::vector<int64_t> find_nearest(
@@ -260,7 +150,7 @@ class BackwardPass {
       if (keys) pass(true, false, schedule_.wave_units, p.rows);
       if (queries) pass(false, true, schedule_.wave_units, schedule_.chunk_rows);
     }
-    if (wanted_[3]) write_bandwidth();
+    if (wanted_[3]) write_bandwidth(bandwidth_, p.key_heads * p.groups, gradients_[3]);
     if (wanted_[4] && gradients_[4].numel() > 0) mask_gradient();
   }
 
@@ -337,15 +227,6 @@ class BackwardPass {
         bandwidth_[head * width + i] += squares[item * width + i];
       }
     }
-  }
-
-  /// From (query heads, channels) to the bandwidth's own shape.
-  void write_bandwidth() {
-    const auto heads = args_.query.size(-3), channels = args_.query.size(-1);
-    const auto all =
-        at::from_blob(bandwidth_.data(), {heads, channels}, at::TensorOptions().dtype(at::kDouble));
-    const auto dim = args_.bandwidth->dim();
-    gradients_[3].copy_(dim == 2 ? all : dim == 1 ? all.sum(-1) : all.sum());
   }
 
   void mask_gradient() {

@@ -5,13 +5,12 @@
 #include <torch/library.h>
 
 #include <cmath>
-#include <limits>
 
 #include "chunked.h"
 #include "dense.h"
 #include "kernel_attention/log_kernel.h"
 #include "local_linear_attention/arguments.h"
-#include "local_linear_attention/least_squares.h"
+#include "local_linear_attention/fit.h"
 
 namespace mixhead::local_linear {
 namespace {
@@ -20,8 +19,6 @@ using chunked::Axes;
 using chunked::Chunk;
 using chunked::Problem;
 using Tensors = std::vector<Tensor>;
-
-constexpr double kInfinity = std::numeric_limits<double>::infinity();
 
 /// What the formula needs beside the operands, fixed for one call of the op.
 struct Constants {
@@ -70,25 +67,10 @@ Tensors formula(const Tensors& in, const Chunk& chunk, const Constants& constant
     scores = dense::causal(scores, chunk.row, constants.keys - constants.rows);
   }
   if (constants.exclude_self) scores = dense::without_self(scores, chunk.row);
-  const auto [weights, grouped_mass] = dense::softmax(scores);
-  const auto log_mass = grouped_mass.flatten(1, 2);
-  const auto empty = log_mass == -kInfinity;
-  const auto finite_mass = log_mass.masked_fill(empty, 0.0);
-
-  auto sums = moments(query, key, value, weights);
-  if (constants.ridge > 0.0) {
-    // The weights sum to 1 here, not to the mass. Beyond e^80 the slope is 0 anyhow.
-    const auto penalty = (-finite_mass).clamp_max(80.0).exp() * constants.ridge;
-    sums.covariance = with_ridge(sums.covariance, penalty.unsqueeze(-1));
-  }
-  const auto fit = least_squares(sums);
+  const auto [weights, log_mass] = dense::softmax(scores);
   const auto at_query = kernels::log_kernels_at_query(constants.kernels, query, bandwidth, chunk);
-  // Far from all data it would be infinite, and its gradient NaN.
-  const auto largest = finite_mass.scalar_type() == at::kDouble ? 700.0 : 80.0;
-  const auto leverage =
-      (at_query - finite_mass).clamp_max(largest).exp() * fit.inverse_corner.squeeze(-1);
-  return {
-      fit.intercept.squeeze(-2), fit.slope.flatten(-2), leverage.masked_fill(empty, 0.0), log_mass};
+  return fit(
+      moments(query, key, value, weights), log_mass.flatten(1, 2), at_query, constants.ridge);
 }
 
 Problem problem_of(const Arguments& args) {
@@ -116,50 +98,24 @@ Problem problem_of(const Arguments& args) {
   return problem;
 }
 
-/// The op's four outputs or their gradients as the formula has them.
-Tensors as_rows(const Grads& outputs) {
-  return {outputs[0], outputs[1].flatten(-2), outputs[2].unsqueeze(-1), outputs[3].unsqueeze(-1)};
-}
+}  // namespace
 
-Forward forward_portable(
-    const Tensor& query, const Tensor& key, const Tensor& value, const OptionalTensor& bandwidth,
-    Names kernel, const OptionalTensor& attn_mask, bool is_causal, bool exclude_self,
-    double ridge) {
-  const Arguments args{query,     key,       value,        bandwidth, std::move(kernel),
-                       attn_mask, is_causal, exclude_self, ridge};
+Forward forward_portable(const Arguments& args) {
   check(args);
-  at::DimVector rows(query.sizes().begin(), query.sizes().end() - 1);
-  at::DimVector output_sizes = rows, slope_sizes = rows;
-  output_sizes.push_back(value.size(-1));
-  slope_sizes.push_back(query.size(-1));
-  slope_sizes.push_back(value.size(-1));
-  const auto wide =
-      query.options().dtype(query.scalar_type() == at::kDouble ? at::kDouble : at::kFloat);
-  const Grads outputs{
-      at::empty(output_sizes, query.options()), at::empty(slope_sizes, query.options()),
-      at::empty(rows, wide), at::empty(rows, wide)};
+  const auto outputs = empty_outputs(args);
   chunked::forward(problem_of(args), as_rows(outputs));
   return {outputs[0], outputs[1], outputs[2], outputs[3]};
 }
 
-Gradients backward_portable(
-    const Tensor& grad_output, const Tensor& grad_slope, const Tensor& grad_leverage,
-    const Tensor& grad_log_mass, const Tensor& query, const Tensor& key, const Tensor& value,
-    const OptionalTensor& bandwidth, Names kernel, const OptionalTensor& attn_mask, bool is_causal,
-    bool exclude_self, double ridge, OutputMask output_mask) {
-  const Arguments args{query,     key,       value,        bandwidth, std::move(kernel),
-                       attn_mask, is_causal, exclude_self, ridge};
+Gradients backward_portable(const Grads& grads, const Arguments& args, OutputMask output_mask) {
   auto g = chunked::backward(
-      problem_of(args), as_rows({grad_output, grad_slope, grad_leverage, grad_log_mass}),
-      std::vector<bool>(output_mask.begin(), output_mask.end()));
-  if (g[3].defined()) g[3] = g[3].view(bandwidth->sizes());
+      problem_of(args), as_rows(grads), std::vector<bool>(output_mask.begin(), output_mask.end()));
+  if (g[3].defined()) g[3] = g[3].view(args.bandwidth->sizes());
   for (auto& gradient : g) {
-    if (!gradient.defined()) gradient = at::empty({0}, query.options());
+    if (!gradient.defined()) gradient = at::empty({0}, args.query.options());
   }
   return {g[0], g[1], g[2], g[3], g[4]};
 }
-
-}  // namespace
 
 std::vector<Tensor> double_backward(
     const Arguments& args, const Grads& grads,
@@ -177,9 +133,32 @@ std::vector<Tensor> double_backward(
   return result;
 }
 
+namespace {
+
+Forward forward_op(
+    const Tensor& query, const Tensor& key, const Tensor& value, const OptionalTensor& bandwidth,
+    Names kernel, const OptionalTensor& attn_mask, bool is_causal, bool exclude_self,
+    double ridge) {
+  return forward_portable(
+      {query, key, value, bandwidth, std::move(kernel), attn_mask, is_causal, exclude_self, ridge});
+}
+
+Gradients backward_op(
+    const Tensor& grad_output, const Tensor& grad_slope, const Tensor& grad_leverage,
+    const Tensor& grad_log_mass, const Tensor& query, const Tensor& key, const Tensor& value,
+    const OptionalTensor& bandwidth, Names kernel, const OptionalTensor& attn_mask, bool is_causal,
+    bool exclude_self, double ridge, OutputMask output_mask) {
+  return backward_portable(
+      {grad_output, grad_slope, grad_leverage, grad_log_mass},
+      {query, key, value, bandwidth, std::move(kernel), attn_mask, is_causal, exclude_self, ridge},
+      output_mask);
+}
+
+}  // namespace
+
 TORCH_LIBRARY_IMPL(mixhead, CompositeExplicitAutograd, m) {
-  m.impl("_local_linear_attention_forward", forward_portable);
-  m.impl("_local_linear_attention_backward", backward_portable);
+  m.impl("_local_linear_attention_forward", forward_op);
+  m.impl("_local_linear_attention_backward", backward_op);
 }
 
 }  // namespace mixhead::local_linear

@@ -1,0 +1,47 @@
+#include "local_linear_attention/fit.h"
+
+#include <ATen/TensorOperators.h>
+#include <ATen/ops/empty.h>
+
+#include <limits>
+
+namespace mixhead::local_linear {
+
+std::vector<Tensor> fit(
+    Moments moments, const Tensor& log_mass, const Tensor& log_at_query, double ridge) {
+  const auto empty = log_mass == -std::numeric_limits<double>::infinity();
+  const auto finite_mass = log_mass.masked_fill(empty, 0.0);
+  if (ridge > 0.0) {
+    // The weights sum to 1 here, not to the mass. Beyond e^80 the slope is 0 anyhow.
+    const auto penalty = (-finite_mass).clamp_max(80.0).exp() * ridge;
+    moments.covariance = with_ridge(moments.covariance, penalty.unsqueeze(-1));
+  }
+  const auto fitted = least_squares(moments);
+  // Far from all data it would be infinite, and its gradient NaN.
+  const auto largest = finite_mass.scalar_type() == at::kDouble ? 700.0 : 80.0;
+  const auto leverage =
+      (log_at_query - finite_mass).clamp_max(largest).exp() * fitted.inverse_corner.squeeze(-1);
+  return {
+      fitted.intercept.squeeze(-2), fitted.slope.flatten(-2), leverage.masked_fill(empty, 0.0),
+      log_mass};
+}
+
+std::vector<Tensor> as_rows(const Grads& outputs) {
+  return {outputs[0], outputs[1].flatten(-2), outputs[2].unsqueeze(-1), outputs[3].unsqueeze(-1)};
+}
+
+Grads empty_outputs(const Arguments& args) {
+  const auto &query = args.query, &value = args.value;
+  const at::DimVector rows(query.sizes().begin(), query.sizes().end() - 1);
+  at::DimVector output_sizes = rows, slope_sizes = rows;
+  output_sizes.push_back(value.size(-1));
+  slope_sizes.push_back(query.size(-1));
+  slope_sizes.push_back(value.size(-1));
+  const auto wide =
+      query.options().dtype(query.scalar_type() == at::kDouble ? at::kDouble : at::kFloat);
+  return {
+      at::empty(output_sizes, query.options()), at::empty(slope_sizes, query.options()),
+      at::empty(rows, wide), at::empty(rows, wide)};
+}
+
+}  // namespace mixhead::local_linear
