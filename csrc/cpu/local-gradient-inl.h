@@ -146,8 +146,8 @@ void polynomials(
   for (int64_t i = 0; i < block.keys * width; ++i) to[i] = 0;
   for_tiles(channels, wide, [&]<int count>(int64_t e) {
     for_linear_forms<Acc, count>(
-        block, e, panel.linear + e * width, width, false,
-        nullptr, [&](int64_t k, int64_t j, Vector<Acc> form) __attribute__((always_inline)) {
+        block, e, panel.linear + e * width, width, false, nullptr,
+        [&](int64_t k, int64_t j, Vector<Acc> form) __attribute__((always_inline)) {
           Acc* at = to + k * width + j;
           store(at, load<Acc>(at) + form);
         });

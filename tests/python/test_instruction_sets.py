@@ -19,6 +19,7 @@ FILES = [
         "test_mixed_attention_meaning.py",
         "test_mixed_attention_dropout.py",
         "test_topk_keys.py",
+        "test_local_linear_engine.py",
     )
 ]
 # Values, gradients and their bits; derivatives by finite differences don't depend on the set.
