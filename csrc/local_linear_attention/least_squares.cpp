@@ -2,12 +2,16 @@
 
 #include <ATen/TensorOperators.h>
 #include <ATen/ops/eye.h>
+#include <ATen/ops/linalg_cholesky_ex.h>
 #include <ATen/ops/linalg_eigh.h>
 #include <ATen/ops/linalg_inv_ex.h>
+#include <ATen/ops/linalg_solve_triangular.h>
 #include <ATen/ops/matmul.h>
 #include <ATen/ops/where.h>
+#include <ATen/ops/zeros_like.h>
 #include <c10/core/GradMode.h>
 
+#include <cmath>
 #include <limits>
 
 namespace mixhead::local_linear {
@@ -30,8 +34,8 @@ struct Spectrum {
   Tensor whitening;  // W with W' (C + null) W = 1 but for rounding
 };
 
-/// Of a matrix whose diagonal is 1 or 0.
-Spectrum spectrum(const Tensor& correlation) {
+/// By eigenvectors.
+Spectrum eigenvectors_of(const Tensor& correlation) {
   const auto finite = correlation.isfinite().all(-1, true).all(-2, true);
   const auto [values, vectors] =
       at::linalg_eigh(at::where(finite, correlation, identity_like(correlation)));
@@ -43,6 +47,26 @@ Spectrum spectrum(const Tensor& correlation) {
   return {
       at::matmul(basis, basis.transpose(-2, -1)), at::matmul(range, range.transpose(-2, -1)),
       whitening};
+}
+
+/// Of matrices (n, D, D) whose diagonal is 1 or 0. Most are well conditioned and have a Cholesky
+/// factor L, with W = L'^-1, for a tenth of the time; tr C^-1, the sum of the squares in W, is at
+/// least 1 over the least eigenvalue. The others have their eigenvectors found. Where N = 0 nothing
+/// is asked of C^+.
+Spectrum spectrum(const Tensor& correlation) {
+  const auto factor = std::get<0>(at::linalg_cholesky_ex(correlation));
+  const auto identity = identity_like(correlation);
+  auto whitening =
+      at::linalg_solve_triangular(factor, identity, /*upper=*/false).transpose(-2, -1).contiguous();
+  const auto squares = (whitening * whitening).flatten(-2).sum(-1);
+  const auto rest = (squares <= std::sqrt(1.0 / epsilon(squares))).logical_not().nonzero();
+  auto null = at::zeros_like(correlation), pseudo = at::zeros_like(correlation);
+  if (rest.size(0) == 0) return {null, pseudo, whitening};
+  const auto rows = rest.squeeze(-1);
+  const auto found = eigenvectors_of(correlation.index_select(0, rows));
+  return {
+      null.index_copy_(0, rows, found.null), pseudo.index_copy_(0, rows, found.pseudo),
+      whitening.index_copy_(0, rows, found.whitening)};
 }
 
 /// The null projector as a function of the matrix: N(C + dC) = N - N dC C^+ - C^+ dC N + O(dC^2)
@@ -121,7 +145,10 @@ Fit least_squares(const Moments& moments) {
   Spectrum decided;
   {
     c10::AutoGradMode no_grad(false);
-    decided = spectrum(correlation);
+    decided = spectrum(correlation.flatten(0, -3));
+    for (auto* each : {&decided.null, &decided.pseudo, &decided.whitening}) {
+      *each = each->view(correlation.sizes());
+    }
   }
   const bool singular = decided.null.any().item<bool>();
   const auto null = singular ? moving(decided, correlation) : decided.null;
