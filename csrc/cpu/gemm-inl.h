@@ -95,6 +95,11 @@ inline void gemm_block(
 #pragma GCC unroll 8
     for (int j = 0; j < vectors; ++j) sum[i][j] = Vector<Acc>{};
   }
+  // Four rows to an address: one for each row would not fit the general registers.
+  constexpr int groups = (rows + 3) / 4;
+  const char* group[groups];
+#pragma GCC unroll 4
+  for (int i = 0; i < groups; ++i) group[i] = a + 4 * i * strides.row;
   for (int64_t step = 0; step < steps; ++step) {
 #pragma GCC unroll 4
     for (int i = 0; i < fetch_lines; ++i) {
@@ -110,9 +115,11 @@ inline void gemm_block(
 #pragma GCC unroll 8
       for (int j = 0; j < vectors; ++j) {
         sum[i][j] =
-            M::multiply_add(sum[i][j], a + i * strides.row + step * strides.step, operand[j]);
+            M::multiply_add(sum[i][j], group[i / 4] + i % 4 * strides.row, operand[j]);
       }
     }
+#pragma GCC unroll 4
+    for (int i = 0; i < groups; ++i) group[i] += strides.step;
   }
 #pragma GCC unroll 16
   for (int i = 0; i < rows; ++i) {

@@ -54,13 +54,6 @@ struct KeyList {
   int64_t operator[](int64_t k) const { return index ? index[k * stride] : k; }
 };
 
-/// Key i of a block in the order of reading: from four places in turn, which the processor's
-/// prefetchers follow at more bandwidth than one.
-inline int64_t in_turn(int64_t i, int64_t number) {
-  constexpr int64_t streams = 4;
-  return number % streams ? i : i % streams * (number / streams) + i / streams;
-}
-
 /// products[r * kRowKeys + k] = rows[r] . key(first + k).
 template <class Io, class Acc, int count>
 void row_products(
@@ -68,8 +61,7 @@ void row_products(
     int64_t first, int64_t number, int64_t channels, Acc* products) {
   constexpr int lanes = kLanes<Acc>;
   const int64_t whole = keys.column == 1 ? channels / lanes * lanes : 0;
-  for (int64_t i = 0; i < number; ++i) {
-    const int64_t k = in_turn(i, number);
+  for (int64_t k = 0; k < number; ++k) {
     const int64_t slot = list[first + k];
     const Io* key = keys[slot < 0 ? 0 : slot];
     Vector<Acc> sum[count];
@@ -107,8 +99,7 @@ void row_values(
         sum[r][j] = load<Acc>(outputs + r * output_stride + c + j * lanes) * alpha[r];
       }
     }
-    for (int64_t i = 0; i < number; ++i) {
-      const int64_t k = in_turn(i, number);
+    for (int64_t k = 0; k < number; ++k) {
       const int64_t slot = list[first + k];
       const Io* value = values[slot < 0 ? 0 : slot] + c;
 #pragma GCC unroll 4
