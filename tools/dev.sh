@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
 # What the Makefile runs: tools/dev.sh setup|build|install|test|demo|bench|lint|docs|gallery|clean
+# (bench passes what follows to benchmarks/run.py)
 #
 #   PYTHON  the Python to use; its torch is taken where it has one of 2.11 to 2.15
 #   TORCH   a version of torch to use instead (2.11.0); each has an environment and a build folder
@@ -178,7 +179,7 @@ run_bench() {
   setup
   install
   "$ENV_PYTHON" -m pip install --disable-pip-version-check --quiet -r requirements-bench.txt
-  "$ENV_PYTHON" benchmarks/run.py
+  "$ENV_PYTHON" benchmarks/run.py "$@"
 }
 
 run_lint() {
@@ -216,4 +217,5 @@ run_clean() { rm -rf build dist ops/mixhead.egg-info; }
 
 target=${1:-}
 declare -F "run_$target" >/dev/null || fail "unknown target '$target'; see make help"
-"run_$target"
+shift
+"run_$target" "$@"
