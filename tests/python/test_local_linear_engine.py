@@ -90,3 +90,25 @@ def test_portable_path(scale):
     grads = [torch.randn(o.shape, generator=generator, dtype=torch.float64) for o in outputs]
     for found, want in zip(torch.autograd.grad(outputs, leaves, grads), portable, strict=False):
         torch.testing.assert_close(found, want, rtol=1e-8, atol=1e-8 * want.abs().max().item())
+
+
+@pytest.mark.parametrize("kernel", ["gaussian", "cauchy", "tricube"])
+def test_gradients_do_not_cancel_far_from_the_origin(kernel):
+    """In float32, points near 5e5 and 50 apart, whose means are no float32 numbers."""
+    near = torch.arange(0.0, 500.0, 50.0).view(1, 10, 1) * torch.tensor([1.0, 0.0])
+    near = near + spread(1, 10, 2, seed=4).float().mul(4.0).round() * 8.0
+    value, h = spread(1, 10, 1, seed=3).float(), torch.tensor(120.0)
+    if kernel == "tricube":
+        h = h * 4.0
+
+    def gradients(function, points, dtype):
+        leaves = [each.to(dtype).clone().requires_grad_() for each in (points, value, h)]
+        outputs = function(leaves[0], *leaves, [kernel])[:3]
+        grads = [spread(*output.shape, seed=8).to(dtype) for output in outputs]
+        return torch.autograd.grad(outputs, leaves, grads)
+
+    got = gradients(local_linear_attention, near + 5e5, torch.float32)
+    want = gradients(reference.local_linear_attention, near, torch.float64)
+    for index, (found, expected) in enumerate(zip(got, want, strict=True)):
+        scale = expected.abs().max()
+        assert_near(found / scale, expected / scale, torch.float32, f"gradient {index}", scale=8.0)
