@@ -43,6 +43,10 @@ void check(const Arguments& args);
 Forward call_forward(const Arguments& args);
 Gradients call_backward(const Grads& grads, const Arguments& args, OutputMask output_mask);
 
+/// The portable path; on the CPU for what its engine does not do.
+Forward forward_portable(const Arguments& args);
+Gradients backward_portable(const Grads& grads, const Arguments& args, OutputMask output_mask);
+
 /// Portable path: gradients of <second_order, backward(grads, args)> with respect to the incoming
 /// gradients and the differentiable arguments, in that order.
 std::vector<Tensor> double_backward(

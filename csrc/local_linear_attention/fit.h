@@ -19,8 +19,4 @@ std::vector<Tensor> as_rows(const Grads& outputs);
 /// The op's outputs, not yet written.
 Grads empty_outputs(const Arguments& args);
 
-/// The portable path, and where the CPU engine does not go.
-Forward forward_portable(const Arguments& args);
-Gradients backward_portable(const Grads& grads, const Arguments& args, OutputMask output_mask);
-
 }  // namespace mixhead::local_linear

@@ -60,7 +60,7 @@ Spectrum spectrum(const Tensor& correlation) {
       at::linalg_solve_triangular(factor, identity, /*upper=*/false).transpose(-2, -1).contiguous();
   const auto squares = (whitening * whitening).flatten(-2).sum(-1);
   const auto rest = (squares <= std::sqrt(1.0 / epsilon(squares))).logical_not().nonzero();
-  auto null = at::zeros_like(correlation), pseudo = at::zeros_like(correlation);
+  const auto null = at::zeros_like(correlation), pseudo = at::zeros_like(correlation);
   if (rest.size(0) == 0) return {null, pseudo, whitening};
   const auto rows = rest.squeeze(-1);
   const auto found = eigenvectors_of(correlation.index_select(0, rows));
