@@ -5,20 +5,27 @@
 namespace mixhead::cpu {
 namespace {
 
+/// The numbers at these places of `first` and, behind them, `second`.
+template <class T, int... place>
+inline __attribute__((always_inline)) Vector<T> shuffle(Vector<T> first, Vector<T> second) {
+#if __has_builtin(__builtin_shufflevector)
+  return __builtin_shufflevector(first, second, place...);
+#else  // GCC 11
+  return __builtin_shuffle(first, second, Vector<typename Bits<T>::Signed>{place...});
+#endif
+}
+
 /// Swaps the off-diagonal squares of `half` x `half` numbers in each square twice as large: what a
 /// transposition does at one level.
 template <class T, int half, int... lane>
 inline __attribute__((always_inline)) void swap_squares(Vector<T>* rows) {
-  using Index = Vector<typename Bits<T>::Signed>;
   constexpr int lanes = kLanes<T>;
-  const Index upper = {(lane & half ? lanes + lane - half : lane)...};
-  const Index lower = {(lane & half ? lanes + lane : lane + half)...};
 #pragma GCC unroll 16
   for (int i = 0; i < lanes; ++i) {
     if (i & half) continue;
     const auto first = rows[i], second = rows[i + half];
-    rows[i] = __builtin_shuffle(first, second, upper);
-    rows[i + half] = __builtin_shuffle(first, second, lower);
+    rows[i] = shuffle<T, (lane & half ? lanes + lane - half : lane)...>(first, second);
+    rows[i + half] = shuffle<T, (lane & half ? lanes + lane : lane + half)...>(first, second);
   }
 }
 
