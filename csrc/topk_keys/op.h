@@ -24,7 +24,8 @@ struct TopkKeysOptions {
 /// and query head h reads key head h / (Hq / H). Returns scores (B, Hq, L, k), sorted from high to
 /// low, in float32 (float64 for float64), and indices (B, Hq, L, k), int64; of equal scores the
 /// lower index comes first. Where fewer than k keys may be read, score -inf and index -1 fill up.
-/// NaN counts as the highest score, as in at::topk. indices feed mixed_attention's memory_index.
+/// NaN counts as the highest score, as in at::topk. The scores are differentiable in query, key
+/// and a float mask, twice; indices feed mixed_attention's memory_index.
 /// Throws c10::Error naming the argument where one does not fit.
 std::tuple<at::Tensor, at::Tensor> topk_keys(
     const at::Tensor& query, const at::Tensor& key, int64_t k, const TopkKeysOptions& options = {});

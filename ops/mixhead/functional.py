@@ -172,7 +172,8 @@ def kernel_attention(
             value of the nearest readable key (0 where none is readable).
         dropout_p: probability with which a weight is dropped, in ``[0, 1]``; reproducible under
             ``torch.manual_seed``.
-        enable_gqa: ``Hq`` may be a multiple of ``H``.
+        enable_gqa: ``Hq`` may be a multiple of ``H``; query head ``h`` reads key/value head
+            ``h // (Hq // H)``.
         return_mass: also return ``log_mass``. A constant under TorchScript.
 
     Returns:

@@ -131,15 +131,19 @@ def test_soft_assignment_masses():
     ],
 )
 def test_soft_assignment_raises(arguments, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=f"SoftAssignment: {message}"):
         mixhead.SoftAssignment(*arguments)
 
 
 def test_soft_assignment_raises_at_wrong_features():
     layer = mixhead.SoftAssignment([3, 2])
-    with pytest.raises(ValueError, match=r"rows must be \(B, L, 5\), got \(4, 6\)"):
+    with pytest.raises(ValueError, match=r"SoftAssignment: rows must be \(B, L, 5\), got \(4, 6\)"):
         layer(torch.zeros(4, 6), torch.zeros(4, 5))
-    with pytest.raises(ValueError, match=r"columns must be \(B, S, 5\), got \(1, 4, 5\)"):
+    with pytest.raises(
+        ValueError, match=r"SoftAssignment: columns must be \(B, S, 5\), got \(1, 4, 5\)"
+    ):
         layer(torch.zeros(4, 5), torch.zeros(1, 4, 5))
-    with pytest.raises(ValueError, match='kernel must be "gaussian" or "dot", got "cauchy"'):
+    with pytest.raises(
+        ValueError, match='SoftAssignment: kernel must be "gaussian" or "dot", got "cauchy"'
+    ):
         mixhead.SoftAssignment([3, 2], kernel="cauchy")

@@ -255,6 +255,8 @@ class MixedMultiheadAttention(MultiheadFrame):
         Args:
             memory_key: ``(H, M, D)`` shared by the batch or ``(B, H, M, D)``.
             memory_value: of the same shape.
+
+        The other arguments and what is returned are those of `forward`.
         """
         self._check_input(query, key, value)
         batched = query.dim() == 3

@@ -32,6 +32,7 @@ class SoftAssignment(nn.Module):
         dustbin: whether there is a learned score of staying unmatched.
         iterations: Sinkhorn iterations at most.
         tolerance: as in :func:`mixhead.matching_attention`.
+        device, dtype: of the parameters.
 
     Attributes:
         log_weight: parameter ``(criteria,)``, at first 0.
@@ -64,11 +65,13 @@ class SoftAssignment(nn.Module):
     ):
         super().__init__()
         if not criteria or min(criteria) < 1:
-            raise ValueError(f"criteria must be numbers of features, got {list(criteria)}")
+            raise ValueError(
+                f"SoftAssignment: criteria must be numbers of features, got {list(criteria)}"
+            )
         if kernel not in ("gaussian", "dot"):
-            raise ValueError(f'kernel must be "gaussian" or "dot", got "{kernel}"')
+            raise ValueError(f'SoftAssignment: kernel must be "gaussian" or "dot", got "{kernel}"')
         if head_dim is not None and head_dim < 1:
-            raise ValueError(f"head_dim must be positive, got {head_dim}")
+            raise ValueError(f"SoftAssignment: head_dim must be positive, got {head_dim}")
         factory = {"device": device, "dtype": dtype}
         self.criteria = list(criteria)
         self.kernel = kernel
@@ -140,9 +143,13 @@ class SoftAssignment(nn.Module):
     def _project(self, rows: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
         features = sum(self.criteria)
         if rows.dim() < 2 or rows.shape[-1] != features:
-            raise ValueError(f"rows must be (B, L, {features}), got {shape_text(rows)}")
+            raise ValueError(
+                f"SoftAssignment: rows must be (B, L, {features}), got {shape_text(rows)}"
+            )
         if columns.dim() != rows.dim() or columns.shape[-1] != features:
-            raise ValueError(f"columns must be (B, S, {features}), got {shape_text(columns)}")
+            raise ValueError(
+                f"SoftAssignment: columns must be (B, S, {features}), got {shape_text(columns)}"
+            )
         of_rows = rows.split(self.criteria, -1)
         of_columns = columns.split(self.criteria, -1)
         query: list[Tensor] = []
