@@ -9,6 +9,8 @@
 #include <functional>
 #include <numeric>
 
+#include "wide_dtype.h"
+
 namespace mixhead::chunked {
 namespace {
 
@@ -179,6 +181,7 @@ std::vector<Tensor> sliceable(const std::vector<Tensor>& tensors, const Problem&
 
 std::vector<Tensor> operand_tensors(const Problem& problem) {
   std::vector<Tensor> tensors;
+  tensors.reserve(problem.operands.size());
   for (const auto& operand : problem.operands) tensors.push_back(operand.tensor);
   return tensors;
 }
@@ -218,7 +221,7 @@ Problem::Problem(
       rows(query.size(-2)),
       row_elements(row_elements),
       head_elements(head_elements),
-      accumulate(query.scalar_type() == at::kDouble ? at::kDouble : at::kFloat) {
+      accumulate(wide_dtype(query)) {
   if (batch_shape.empty()) batch_shape.push_back(1);
 }
 
@@ -269,15 +272,16 @@ std::vector<Tensor> double_backward(
   }
   tensors.insert(tensors.end(), operands.begin(), operands.end());
   auto result = accumulators(tensors, needed, problem.accumulate);
-  std::vector<bool> all;  // the first derivative must exist for every operand it is paired with
+  // The first derivative must exist for every operand it is paired with.
+  std::vector<bool> all(operands.size());
   for (size_t i = 0; i < operands.size(); ++i) {
-    all.push_back(operands[i].defined() && operands[i].is_floating_point());
+    all[i] = operands[i].defined() && operands[i].is_floating_point();
   }
   for_each_chunk(problem, [&](const Chunk& chunk) {
     const auto inputs = leaves(problem, chunk, all);
     variable_list incoming, paired(inputs.size());
     for (const auto& grad : output_grads) {
-      auto part = output_slice(grad, problem, chunk).to(problem.accumulate);
+      const auto part = output_slice(grad, problem, chunk).to(problem.accumulate);
       incoming.push_back(part.detach().requires_grad_());
     }
     for (size_t i = 0; i < inputs.size(); ++i) {

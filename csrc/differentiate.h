@@ -4,6 +4,7 @@
 #include <ATen/ops/randint.h>
 #include <torch/csrc/autograd/custom_function.h>
 
+#include <algorithm>
 #include <array>
 #include <limits>
 #include <optional>
@@ -39,6 +40,25 @@ std::array<bool, n> needed_gradients(
     if (arguments[i].defined()) needed[i] = ctx->needs_input_grad(edge++);
   }
   return needed;
+}
+
+/// The same of a backward op: first its incoming gradients, then the op's arguments.
+template <size_t incoming, size_t n>
+std::array<bool, incoming + n> needed_second_gradients(
+    torch::autograd::AutogradContext* ctx, const std::array<Tensor, n>& arguments) {
+  std::array<bool, incoming + n> needed{};
+  for (size_t i = 0; i < incoming; ++i) needed[i] = ctx->needs_input_grad(i);
+  const auto of_arguments = needed_gradients(ctx, arguments, incoming);
+  std::copy(of_arguments.begin(), of_arguments.end(), needed.begin() + incoming);
+  return needed;
+}
+
+/// The first tensors of a list.
+template <size_t n>
+std::array<Tensor, n> first(const torch::autograd::variable_list& list) {
+  std::array<Tensor, n> tensors;
+  std::copy_n(list.begin(), n, tensors.begin());
+  return tensors;
 }
 
 /// Gradients as autograd takes them.

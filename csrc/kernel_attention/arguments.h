@@ -55,14 +55,14 @@ std::vector<Tensor> double_backward(
     const std::array<bool, 2 + kDifferentiable>& needed);
 
 using PublicSignature = Forward(
-    const Tensor&, const Tensor&, const Tensor&, const OptionalTensor&, Names,
+    const Tensor&, const Tensor&, const Tensor&, const OptionalTensor&, const Names&,
     const OptionalTensor&, bool, bool, bool, std::string_view, double, bool);
 using ForwardSignature = Forward(
-    const Tensor&, const Tensor&, const Tensor&, const OptionalTensor&, Names,
+    const Tensor&, const Tensor&, const Tensor&, const OptionalTensor&, const Names&,
     const OptionalTensor&, bool, bool, bool, std::string_view, double, const OptionalTensor&, bool);
 using BackwardSignature = Gradients(
     const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&,
-    const OptionalTensor&, Names, const OptionalTensor&, bool, bool, bool, std::string_view, double,
-    const OptionalTensor&, bool, const Tensor&, const Tensor&, std::array<bool, 5>);
+    const OptionalTensor&, const Names&, const OptionalTensor&, bool, bool, bool, std::string_view,
+    double, const OptionalTensor&, bool, const Tensor&, const Tensor&, std::array<bool, 5>);
 
 }  // namespace mixhead::kernels

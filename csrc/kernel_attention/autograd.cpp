@@ -9,8 +9,10 @@ namespace {
 
 using differentiate::any_requires_grad;
 using differentiate::draw_seed;
+using differentiate::first;
 using differentiate::list_of;
 using differentiate::needed_gradients;
+using differentiate::needed_second_gradients;
 using differentiate::optional;
 using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
@@ -67,17 +69,13 @@ class Backward : public torch::autograd::Function<Backward> {
     return list_of(gradients);
   }
 
-  static variable_list backward(AutogradContext* ctx, variable_list second_order) {
+  static variable_list backward(AutogradContext* ctx, const variable_list& second_order) {
     const auto saved = ctx->get_saved_variables();
     const auto args = restore_arguments(ctx, saved);
-    std::array<Tensor, kDifferentiable> incoming;
-    std::copy(second_order.begin(), second_order.end(), incoming.begin());
-    std::array<bool, 2 + kDifferentiable> needed{};
-    for (size_t i = 0; i < 2; ++i) needed[i] = ctx->needs_input_grad(i);
-    const auto needed_arguments = needed_gradients(ctx, differentiable(args), 2);
-    std::copy(needed_arguments.begin(), needed_arguments.end(), needed.begin() + 2);
+    const auto partners = first<kDifferentiable>(second_order);
+    const auto needed = needed_second_gradients<2>(ctx, differentiable(args));
     auto gradients = double_backward(
-        args, {saved[kSavedArguments], saved[kSavedArguments + 1]}, incoming, needed);
+        args, {saved[kSavedArguments], saved[kSavedArguments + 1]}, partners, needed);
     gradients.resize(2 + kDifferentiable + 3);  // args, saved_forward, output_mask have none
     return differentiate::refuse_third_derivative("kernel_attention", std::move(gradients), saved);
   }
@@ -110,19 +108,19 @@ class Attention : public torch::autograd::Function<Attention> {
 
 Forward kernel_attention_below_autograd(
     const Tensor& query, const Tensor& key, const Tensor& value, const OptionalTensor& bandwidth,
-    Names kernel, const OptionalTensor& attn_mask, bool is_causal, bool exclude_self,
+    const Names& kernel, const OptionalTensor& attn_mask, bool is_causal, bool exclude_self,
     bool normalize, std::string_view empty, double dropout_p, bool enable_gqa) {
   return call_forward(
-      {query, key, value, bandwidth, std::move(kernel), attn_mask, is_causal, exclude_self,
-       normalize, empty, dropout_p, draw_seed(dropout_p), enable_gqa});
+      {query, key, value, bandwidth, kernel, attn_mask, is_causal, exclude_self, normalize, empty,
+       dropout_p, draw_seed(dropout_p), enable_gqa});
 }
 
 Forward kernel_attention_autograd(
     const Tensor& query, const Tensor& key, const Tensor& value, const OptionalTensor& bandwidth,
-    Names kernel, const OptionalTensor& attn_mask, bool is_causal, bool exclude_self,
+    const Names& kernel, const OptionalTensor& attn_mask, bool is_causal, bool exclude_self,
     bool normalize, std::string_view empty, double dropout_p, bool enable_gqa) {
-  Arguments args{query,        key,       value, bandwidth, std::move(kernel), attn_mask, is_causal,
-                 exclude_self, normalize, empty, dropout_p, std::nullopt,      enable_gqa};
+  Arguments args{query,        key,       value, bandwidth, kernel,       attn_mask, is_causal,
+                 exclude_self, normalize, empty, dropout_p, std::nullopt, enable_gqa};
   if (!c10::GradMode::is_enabled() || !any_requires_grad(differentiable(args))) {
     at::AutoDispatchBelowADInplaceOrView guard;
     args.seed = draw_seed(dropout_p);
@@ -135,13 +133,12 @@ Forward kernel_attention_autograd(
 
 Gradients backward_autograd(
     const Tensor& grad_output, const Tensor& grad_log_mass, const Tensor& query, const Tensor& key,
-    const Tensor& value, const OptionalTensor& bandwidth, Names kernel,
+    const Tensor& value, const OptionalTensor& bandwidth, const Names& kernel,
     const OptionalTensor& attn_mask, bool is_causal, bool exclude_self, bool normalize,
     std::string_view empty, double dropout_p, const OptionalTensor& seed, bool enable_gqa,
     const Tensor& output, const Tensor& log_mass, std::array<bool, 5> output_mask) {
-  const Arguments args{query,     key,       value,        bandwidth, std::move(kernel),
-                       attn_mask, is_causal, exclude_self, normalize, empty,
-                       dropout_p, seed,      enable_gqa};
+  const Arguments args{query,        key,       value, bandwidth, kernel, attn_mask, is_causal,
+                       exclude_self, normalize, empty, dropout_p, seed,   enable_gqa};
   const bool differentiate = c10::GradMode::is_enabled() &&
                              (grad_output.requires_grad() || grad_log_mass.requires_grad() ||
                               any_requires_grad(differentiable(args)));

@@ -45,12 +45,11 @@ std::vector<int64_t> find_nearest(
 
 Forward forward_cpu(
     const Tensor& query, const Tensor& key, const Tensor& value, const OptionalTensor& bandwidth,
-    Names kernel, const OptionalTensor& attn_mask, bool is_causal, bool exclude_self,
+    const Names& kernel, const OptionalTensor& attn_mask, bool is_causal, bool exclude_self,
     bool normalize, std::string_view empty, double dropout_p, const OptionalTensor& seed,
     bool enable_gqa) {
-  const Arguments args{query,     key,       value,        bandwidth, std::move(kernel),
-                       attn_mask, is_causal, exclude_self, normalize, empty,
-                       dropout_p, seed,      enable_gqa};
+  const Arguments args{query,        key,       value, bandwidth, kernel, attn_mask, is_causal,
+                       exclude_self, normalize, empty, dropout_p, seed,   enable_gqa};
   check(args);
   Plain plain(args);
   const auto& p = plain.problem();
@@ -263,13 +262,12 @@ class BackwardPass {
 
 Gradients backward_cpu(
     const Tensor& grad_output, const Tensor& grad_log_mass, const Tensor& query, const Tensor& key,
-    const Tensor& value, const OptionalTensor& bandwidth, Names kernel,
+    const Tensor& value, const OptionalTensor& bandwidth, const Names& kernel,
     const OptionalTensor& attn_mask, bool is_causal, bool exclude_self, bool normalize,
     std::string_view empty, double dropout_p, const OptionalTensor& seed, bool enable_gqa,
     const Tensor& output, const Tensor& log_mass, std::array<bool, 5> output_mask) {
-  const Arguments args{query,     key,       value,        bandwidth, std::move(kernel),
-                       attn_mask, is_causal, exclude_self, normalize, empty,
-                       dropout_p, seed,      enable_gqa};
+  const Arguments args{query,        key,       value, bandwidth, kernel, attn_mask, is_causal,
+                       exclude_self, normalize, empty, dropout_p, seed,   enable_gqa};
   return BackwardPass(args, {grad_output, grad_log_mass}, {output, log_mass}, output_mask)
       .gradients();
 }

@@ -85,6 +85,7 @@ Tensor of_each_head(
     return each(*own, query, key, bandwidth);
   }
   std::vector<Tensor> parts;
+  parts.reserve(query_heads);
   for (int64_t head = 0; head < query_heads; ++head) {
     parts.push_back(each(
         own[head], one_head(query, head), key.defined() ? key.narrow(1, head / groups, 1) : key,
@@ -112,6 +113,7 @@ Tensor log_kernel_at_query(Kernel kernel, const Tensor& query, const Tensor& ban
 
 std::vector<Kernel> kernels_named(const c10::List<std::string>& names) {
   std::vector<Kernel> kernels;
+  kernels.reserve(names.size());
   for (const std::string& name : names) kernels.push_back(*kernel_named(name));
   return kernels;
 }
@@ -135,7 +137,7 @@ Tensor squared_distance(const Tensor& query, const Tensor& key, const Tensor& ba
 Tensor log_kernels(
     const std::vector<Kernel>& kernels, const Tensor& query, const Tensor& key,
     const Tensor& bandwidth, const Chunk& chunk) {
-  const auto scores = of_each_head(kernels, query, key, bandwidth, chunk, log_kernel);
+  auto scores = of_each_head(kernels, query, key, bandwidth, chunk, log_kernel);
   if (scores.size(1) == key.size(1)) return scores;
   return scores.squeeze(2).unflatten(1, {key.size(1), scores.size(1) / key.size(1)});
 }

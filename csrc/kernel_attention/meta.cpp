@@ -3,22 +3,23 @@
 
 #include "kernel_attention/arguments.h"
 #include "meta.h"
+#include "wide_dtype.h"
 
 namespace mixhead::kernels {
 namespace {
 
 Forward forward_meta(
     const Tensor& query, const Tensor& key, const Tensor& value, const OptionalTensor& bandwidth,
-    Names kernel, const OptionalTensor& attn_mask, bool is_causal, bool exclude_self,
+    const Names& kernel, const OptionalTensor& attn_mask, bool is_causal, bool exclude_self,
     bool normalize, std::string_view empty, double dropout_p, const OptionalTensor& seed,
     bool enable_gqa) {
   check(
-      {query, key, value, bandwidth, std::move(kernel), attn_mask, is_causal, exclude_self,
-       normalize, empty, dropout_p, seed, enable_gqa});
+      {query, key, value, bandwidth, kernel, attn_mask, is_causal, exclude_self, normalize, empty,
+       dropout_p, seed, enable_gqa});
   const auto rows = query.sym_sizes().slice(0, query.dim() - 1);
   c10::SymDimVector output_sizes(rows.begin(), rows.end());
   output_sizes.push_back(value.sym_size(-1));
-  const auto mass_dtype = query.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+  const auto mass_dtype = wide_dtype(query);
   return {
       at::empty_symint(output_sizes, query.options()),
       at::empty_symint(rows, query.options().dtype(mass_dtype))};
@@ -26,11 +27,11 @@ Forward forward_meta(
 
 Gradients backward_meta(
     const Tensor& /*grad_output*/, const Tensor& /*grad_log_mass*/, const Tensor& query,
-    const Tensor& key, const Tensor& value, const OptionalTensor& bandwidth, Names /*kernel*/,
-    const OptionalTensor& attn_mask, bool /*is_causal*/, bool /*exclude_self*/, bool /*normalize*/,
-    std::string_view /*empty*/, double /*dropout_p*/, const OptionalTensor& /*seed*/,
-    bool /*enable_gqa*/, const Tensor& /*output*/, const Tensor& /*log_mass*/,
-    std::array<bool, 5> output_mask) {
+    const Tensor& key, const Tensor& value, const OptionalTensor& bandwidth,
+    const Names& /*kernel*/, const OptionalTensor& attn_mask, bool /*is_causal*/,
+    bool /*exclude_self*/, bool /*normalize*/, std::string_view /*empty*/, double /*dropout_p*/,
+    const OptionalTensor& /*seed*/, bool /*enable_gqa*/, const Tensor& /*output*/,
+    const Tensor& /*log_mass*/, std::array<bool, 5> output_mask) {
   const auto gradient = [&](size_t i, const OptionalTensor& of) {
     return meta::gradient(output_mask[i], of, query);
   };

@@ -1,11 +1,11 @@
 #include "kernel_attention/op.h"
 
-#include <ATen/core/dispatch/Dispatcher.h>
 #include <torch/library.h>
 
 #include <tuple>
 
 #include "checks.h"
+#include "find_operator.h"
 #include "kernel_attention/arguments.h"
 #include "kernel_attention/kernel_checks.h"
 
@@ -37,9 +37,7 @@ std::array<Tensor, kDifferentiable> differentiable(const Arguments& args) {
 }
 
 Forward call_forward(const Arguments& args) {
-  static const auto op = c10::Dispatcher::singleton()
-                             .findSchemaOrThrow("mixhead::_kernel_attention_forward", "")
-                             .typed<ForwardSignature>();
+  static const auto op = find_operator<ForwardSignature>("mixhead::_kernel_attention_forward");
   return op.call(
       args.query, args.key, args.value, args.bandwidth, args.kernel, args.attn_mask, args.is_causal,
       args.exclude_self, args.normalize, args.empty, args.dropout_p, args.seed, args.enable_gqa);
@@ -48,9 +46,7 @@ Forward call_forward(const Arguments& args) {
 Gradients call_backward(
     const std::array<Tensor, 2>& grads, const Arguments& args, const Forward& forward,
     OutputMask output_mask) {
-  static const auto op = c10::Dispatcher::singleton()
-                             .findSchemaOrThrow("mixhead::_kernel_attention_backward", "")
-                             .typed<BackwardSignature>();
+  static const auto op = find_operator<BackwardSignature>("mixhead::_kernel_attention_backward");
   const auto& [output, log_mass] = forward;
   return op.call(
       grads[0], grads[1], args.query, args.key, args.value, args.bandwidth, args.kernel,
@@ -64,9 +60,7 @@ std::tuple<at::Tensor, at::Tensor> kernel_attention(
     const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,
     const std::optional<at::Tensor>& bandwidth, const std::vector<std::string>& kernel,
     const KernelAttentionOptions& options) {
-  static const auto op = c10::Dispatcher::singleton()
-                             .findSchemaOrThrow("mixhead::kernel_attention", "")
-                             .typed<kernels::PublicSignature>();
+  static const auto op = find_operator<kernels::PublicSignature>("mixhead::kernel_attention");
   return op.call(
       query, key, value, bandwidth, c10::List<std::string>(kernel), options.attn_mask,
       options.is_causal, options.exclude_self, options.normalize, options.empty, options.dropout_p,

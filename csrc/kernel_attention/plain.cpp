@@ -6,6 +6,7 @@
 #include <cmath>
 
 #include "kernel_attention/kernels.h"
+#include "wide_dtype.h"
 
 namespace mixhead::kernels {
 namespace {
@@ -32,7 +33,7 @@ Tensor inverse_bandwidth(const Arguments& args) {
 
 Plain::Plain(const Arguments& args)
     : views_(args.query.sizes().slice(0, args.query.dim() - 3)),
-      accumulator_(args.query.scalar_type() == at::kDouble ? at::kDouble : at::kFloat),
+      accumulator_(wide_dtype(args.query)),
       functions_(cpu::regression_kernels(engine::type_of(accumulator_))) {
   auto& p = regression_.problem;
   const int64_t heads = args.query.size(-3), keys = args.key.size(-2);

@@ -13,6 +13,7 @@
 #include "dense.h"
 #include "kernel_attention/arguments.h"
 #include "kernel_attention/log_kernel.h"
+#include "wide_dtype.h"
 
 namespace mixhead::kernels {
 namespace {
@@ -116,16 +117,15 @@ Problem problem_of(const Arguments& args) {
 
 Forward forward_portable(
     const Tensor& query, const Tensor& key, const Tensor& value, const OptionalTensor& bandwidth,
-    Names kernel, const OptionalTensor& attn_mask, bool is_causal, bool exclude_self,
+    const Names& kernel, const OptionalTensor& attn_mask, bool is_causal, bool exclude_self,
     bool normalize, std::string_view empty, double dropout_p, const OptionalTensor& seed,
     bool enable_gqa) {
-  const Arguments args{query,     key,       value,        bandwidth, std::move(kernel),
-                       attn_mask, is_causal, exclude_self, normalize, empty,
-                       dropout_p, seed,      enable_gqa};
+  const Arguments args{query,        key,       value, bandwidth, kernel, attn_mask, is_causal,
+                       exclude_self, normalize, empty, dropout_p, seed,   enable_gqa};
   check(args);
   at::DimVector rows(query.sizes().begin(), query.sizes().end() - 1), wide = rows;
   wide.push_back(value.size(-1));
-  const auto mass_dtype = query.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+  const auto mass_dtype = wide_dtype(query);
   const auto output = at::empty(wide, query.options());
   const auto log_mass = at::empty(rows, query.options().dtype(mass_dtype));
   chunked::forward(problem_of(args), {output, log_mass.unsqueeze(-1)});
@@ -134,13 +134,12 @@ Forward forward_portable(
 
 Gradients backward_portable(
     const Tensor& grad_output, const Tensor& grad_log_mass, const Tensor& query, const Tensor& key,
-    const Tensor& value, const OptionalTensor& bandwidth, Names kernel,
+    const Tensor& value, const OptionalTensor& bandwidth, const Names& kernel,
     const OptionalTensor& attn_mask, bool is_causal, bool exclude_self, bool normalize,
     std::string_view empty, double dropout_p, const OptionalTensor& seed, bool enable_gqa,
     const Tensor& /*output*/, const Tensor& /*log_mass*/, std::array<bool, 5> output_mask) {
-  const Arguments args{query,     key,       value,        bandwidth, std::move(kernel),
-                       attn_mask, is_causal, exclude_self, normalize, empty,
-                       dropout_p, seed,      enable_gqa};
+  const Arguments args{query,        key,       value, bandwidth, kernel, attn_mask, is_causal,
+                       exclude_self, normalize, empty, dropout_p, seed,   enable_gqa};
   auto g = chunked::backward(
       problem_of(args), {grad_output, grad_log_mass.unsqueeze(-1)},
       std::vector<bool>(output_mask.begin(), output_mask.end()));

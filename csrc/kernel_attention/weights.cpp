@@ -64,7 +64,7 @@ Tensor block_mask(
 // each kernel, and the cost is that of attention with kBlock channels.
 Tensor weights(
     const Tensor& query, const Tensor& key, const Tensor& log_mass, const OptionalTensor& bandwidth,
-    Names kernel, const OptionalTensor& attn_mask, bool is_causal, bool enable_gqa) {
+    const Names& kernel, const OptionalTensor& attn_mask, bool is_causal, bool enable_gqa) {
   const auto rows = query.sym_size(-2), keys = key.sym_size(-2);
   // One more than the keys fill: a number never 1, for which a graph of any length is captured.
   const c10::SymInt blocks = (keys + (kBlock - 1)) / kBlock + 1;

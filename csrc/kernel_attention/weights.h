@@ -8,6 +8,6 @@ namespace mixhead::kernels {
 /// inputs and the log_mass it returned; 0 in a row of no mass. query and key have B.
 Tensor weights(
     const Tensor& query, const Tensor& key, const Tensor& log_mass, const OptionalTensor& bandwidth,
-    Names kernel, const OptionalTensor& attn_mask, bool is_causal, bool enable_gqa);
+    const Names& kernel, const OptionalTensor& attn_mask, bool is_causal, bool enable_gqa);
 
 }  // namespace mixhead::kernels

@@ -56,11 +56,11 @@ std::vector<Tensor> double_backward(
 
 /// Of the public op and of the one below autograd.
 using ForwardSignature = Forward(
-    const Tensor&, const Tensor&, const Tensor&, const OptionalTensor&, Names,
+    const Tensor&, const Tensor&, const Tensor&, const OptionalTensor&, const Names&,
     const OptionalTensor&, bool, bool, double);
 using BackwardSignature = Gradients(
     const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&,
-    const Tensor&, const OptionalTensor&, Names, const OptionalTensor&, bool, bool, double,
+    const Tensor&, const OptionalTensor&, const Names&, const OptionalTensor&, bool, bool, double,
     OutputMask);
 
 }  // namespace mixhead::local_linear

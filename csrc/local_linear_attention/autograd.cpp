@@ -8,8 +8,10 @@ namespace mixhead::local_linear {
 namespace {
 
 using differentiate::any_requires_grad;
+using differentiate::first;
 using differentiate::list_of;
 using differentiate::needed_gradients;
+using differentiate::needed_second_gradients;
 using differentiate::optional;
 using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
@@ -55,18 +57,14 @@ class Backward : public torch::autograd::Function<Backward> {
     return list_of(call_backward(grads, args, output_mask));
   }
 
-  static variable_list backward(AutogradContext* ctx, variable_list second_order) {
+  static variable_list backward(AutogradContext* ctx, const variable_list& second_order) {
     const auto saved = ctx->get_saved_variables();
     const auto args = restore_arguments(ctx, saved);
-    std::array<Tensor, kDifferentiable> incoming;
-    std::copy(second_order.begin(), second_order.end(), incoming.begin());
+    const auto partners = first<kDifferentiable>(second_order);
     Grads grads;
     std::copy(saved.begin() + kDifferentiable, saved.end(), grads.begin());
-    std::array<bool, kOutputs + kDifferentiable> needed{};
-    for (size_t i = 0; i < kOutputs; ++i) needed[i] = ctx->needs_input_grad(i);
-    const auto of_arguments = needed_gradients(ctx, differentiable(args), kOutputs);
-    std::copy(of_arguments.begin(), of_arguments.end(), needed.begin() + kOutputs);
-    auto gradients = double_backward(args, grads, incoming, needed);
+    const auto needed = needed_second_gradients<kOutputs>(ctx, differentiable(args));
+    auto gradients = double_backward(args, grads, partners, needed);
     gradients.resize(kOutputs + kDifferentiable + 2);  // args and output_mask have none
     return differentiate::refuse_third_derivative(
         "local_linear_attention", std::move(gradients), saved);
@@ -94,17 +92,17 @@ class Attention : public torch::autograd::Function<Attention> {
 
 Forward below_autograd(
     const Tensor& query, const Tensor& key, const Tensor& value, const OptionalTensor& bandwidth,
-    Names kernel, const OptionalTensor& attn_mask, bool is_causal, bool exclude_self,
+    const Names& kernel, const OptionalTensor& attn_mask, bool is_causal, bool exclude_self,
     double ridge) {
   return call_forward(
-      {query, key, value, bandwidth, std::move(kernel), attn_mask, is_causal, exclude_self, ridge});
+      {query, key, value, bandwidth, kernel, attn_mask, is_causal, exclude_self, ridge});
 }
 
 Forward local_linear_attention_autograd(
     const Tensor& query, const Tensor& key, const Tensor& value, const OptionalTensor& bandwidth,
-    Names kernel, const OptionalTensor& attn_mask, bool is_causal, bool exclude_self,
+    const Names& kernel, const OptionalTensor& attn_mask, bool is_causal, bool exclude_self,
     double ridge) {
-  const Arguments args{query,     key,       value,        bandwidth, std::move(kernel),
+  const Arguments args{query,     key,       value,        bandwidth, kernel,
                        attn_mask, is_causal, exclude_self, ridge};
   if (!c10::GradMode::is_enabled() || !any_requires_grad(differentiable(args))) {
     at::AutoDispatchBelowADInplaceOrView guard;
@@ -117,9 +115,9 @@ Forward local_linear_attention_autograd(
 Gradients backward_autograd(
     const Tensor& grad_output, const Tensor& grad_slope, const Tensor& grad_leverage,
     const Tensor& grad_log_mass, const Tensor& query, const Tensor& key, const Tensor& value,
-    const OptionalTensor& bandwidth, Names kernel, const OptionalTensor& attn_mask, bool is_causal,
-    bool exclude_self, double ridge, OutputMask output_mask) {
-  const Arguments args{query,     key,       value,        bandwidth, std::move(kernel),
+    const OptionalTensor& bandwidth, const Names& kernel, const OptionalTensor& attn_mask,
+    bool is_causal, bool exclude_self, double ridge, OutputMask output_mask) {
+  const Arguments args{query,     key,       value,        bandwidth, kernel,
                        attn_mask, is_causal, exclude_self, ridge};
   const Grads grads{grad_output, grad_slope, grad_leverage, grad_log_mass};
   const bool differentiate = c10::GradMode::is_enabled() &&

@@ -16,6 +16,7 @@
 #include "kernel_attention/log_kernel.h"
 #include "kernel_attention/plain.h"
 #include "local_linear_attention/fit.h"
+#include "wide_dtype.h"
 
 /// local_linear_attention on the CPU: the engine finds the moments and their gradients, ATen solves
 /// each row's least squares from them.
@@ -43,7 +44,7 @@ bool suits_engine(const Arguments& args) {
 
 /// The engine's arguments: data (key, value) as the values of a kernel regression.
 kernels::Arguments regression_of(const Arguments& args) {
-  const auto wide = args.query.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+  const auto wide = wide_dtype(args.query);
   const auto key = args.key.detach().to(wide);
   return {
       .query = args.query.detach().to(wide),
@@ -219,9 +220,9 @@ std::vector<Tensor> narrowed(std::vector<Tensor> rows, const cpu::Chunk& chunk) 
 
 Forward forward_cpu(
     const Tensor& query, const Tensor& key, const Tensor& value, const OptionalTensor& bandwidth,
-    Names kernel, const OptionalTensor& attn_mask, bool is_causal, bool exclude_self,
+    const Names& kernel, const OptionalTensor& attn_mask, bool is_causal, bool exclude_self,
     double ridge) {
-  const Arguments args{query,     key,       value,        bandwidth, std::move(kernel),
+  const Arguments args{query,     key,       value,        bandwidth, kernel,
                        attn_mask, is_causal, exclude_self, ridge};
   check(args);
   if (!suits_engine(args)) return forward_portable(args);
@@ -237,9 +238,9 @@ Forward forward_cpu(
 Gradients backward_cpu(
     const Tensor& grad_output, const Tensor& grad_slope, const Tensor& grad_leverage,
     const Tensor& grad_log_mass, const Tensor& query, const Tensor& key, const Tensor& value,
-    const OptionalTensor& bandwidth, Names kernel, const OptionalTensor& attn_mask, bool is_causal,
-    bool exclude_self, double ridge, OutputMask output_mask) {
-  const Arguments args{query,     key,       value,        bandwidth, std::move(kernel),
+    const OptionalTensor& bandwidth, const Names& kernel, const OptionalTensor& attn_mask,
+    bool is_causal, bool exclude_self, double ridge, OutputMask output_mask) {
+  const Arguments args{query,     key,       value,        bandwidth, kernel,
                        attn_mask, is_causal, exclude_self, ridge};
   const Grads grads{grad_output, grad_slope, grad_leverage, grad_log_mass};
   // A mask's gradient is as large as the scores: the portable path has it.

@@ -5,6 +5,8 @@
 
 #include <limits>
 
+#include "wide_dtype.h"
+
 namespace mixhead::local_linear {
 
 std::vector<Tensor> fit(
@@ -37,8 +39,7 @@ Grads empty_outputs(const Arguments& args) {
   output_sizes.push_back(value.size(-1));
   slope_sizes.push_back(query.size(-1));
   slope_sizes.push_back(value.size(-1));
-  const auto wide =
-      query.options().dtype(query.scalar_type() == at::kDouble ? at::kDouble : at::kFloat);
+  const auto wide = query.options().dtype(wide_dtype(query));
   return {
       at::empty(output_sizes, query.options()), at::empty(slope_sizes, query.options()),
       at::empty(rows, wide), at::empty(rows, wide)};

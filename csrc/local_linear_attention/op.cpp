@@ -1,11 +1,11 @@
 #include "local_linear_attention/op.h"
 
-#include <ATen/core/dispatch/Dispatcher.h>
 #include <torch/library.h>
 
 #include <cmath>
 
 #include "checks.h"
+#include "find_operator.h"
 #include "kernel_attention/kernel_checks.h"
 #include "local_linear_attention/arguments.h"
 
@@ -41,18 +41,16 @@ std::array<Tensor, kDifferentiable> differentiable(const Arguments& args) {
 }
 
 Forward call_forward(const Arguments& args) {
-  static const auto op = c10::Dispatcher::singleton()
-                             .findSchemaOrThrow("mixhead::_local_linear_attention_forward", "")
-                             .typed<ForwardSignature>();
+  static const auto op =
+      find_operator<ForwardSignature>("mixhead::_local_linear_attention_forward");
   return op.call(
       args.query, args.key, args.value, args.bandwidth, args.kernel, args.attn_mask, args.is_causal,
       args.exclude_self, args.ridge);
 }
 
 Gradients call_backward(const Grads& grads, const Arguments& args, OutputMask output_mask) {
-  static const auto op = c10::Dispatcher::singleton()
-                             .findSchemaOrThrow("mixhead::_local_linear_attention_backward", "")
-                             .typed<BackwardSignature>();
+  static const auto op =
+      find_operator<BackwardSignature>("mixhead::_local_linear_attention_backward");
   return op.call(
       grads[0], grads[1], grads[2], grads[3], args.query, args.key, args.value, args.bandwidth,
       args.kernel, args.attn_mask, args.is_causal, args.exclude_self, args.ridge, output_mask);
@@ -64,9 +62,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> local_linear_attentio
     const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,
     const std::optional<at::Tensor>& bandwidth, const std::vector<std::string>& kernel,
     const LocalLinearAttentionOptions& options) {
-  static const auto op = c10::Dispatcher::singleton()
-                             .findSchemaOrThrow("mixhead::local_linear_attention", "")
-                             .typed<local_linear::ForwardSignature>();
+  static const auto op =
+      find_operator<local_linear::ForwardSignature>("mixhead::local_linear_attention");
   return op.call(
       query, key, value, bandwidth, c10::List<std::string>(kernel), options.attn_mask,
       options.is_causal, options.exclude_self, options.ridge);

@@ -137,20 +137,20 @@ namespace {
 
 Forward forward_op(
     const Tensor& query, const Tensor& key, const Tensor& value, const OptionalTensor& bandwidth,
-    Names kernel, const OptionalTensor& attn_mask, bool is_causal, bool exclude_self,
+    const Names& kernel, const OptionalTensor& attn_mask, bool is_causal, bool exclude_self,
     double ridge) {
   return forward_portable(
-      {query, key, value, bandwidth, std::move(kernel), attn_mask, is_causal, exclude_self, ridge});
+      {query, key, value, bandwidth, kernel, attn_mask, is_causal, exclude_self, ridge});
 }
 
 Gradients backward_op(
     const Tensor& grad_output, const Tensor& grad_slope, const Tensor& grad_leverage,
     const Tensor& grad_log_mass, const Tensor& query, const Tensor& key, const Tensor& value,
-    const OptionalTensor& bandwidth, Names kernel, const OptionalTensor& attn_mask, bool is_causal,
-    bool exclude_self, double ridge, OutputMask output_mask) {
+    const OptionalTensor& bandwidth, const Names& kernel, const OptionalTensor& attn_mask,
+    bool is_causal, bool exclude_self, double ridge, OutputMask output_mask) {
   return backward_portable(
       {grad_output, grad_slope, grad_leverage, grad_log_mass},
-      {query, key, value, bandwidth, std::move(kernel), attn_mask, is_causal, exclude_self, ridge},
+      {query, key, value, bandwidth, kernel, attn_mask, is_causal, exclude_self, ridge},
       output_mask);
 }
 

@@ -71,13 +71,13 @@ Tensor call_sinkhorn(
 Tensor call_solve(const Points& points, const Sides& potential, const Tensor& right_side);
 
 using PublicSignature = Matching(
-    const Tensor&, const Tensor&, const Tensor&, const OptionalTensor&, Names,
+    const Tensor&, const Tensor&, const Tensor&, const OptionalTensor&, const Names&,
     const OptionalTensor&, const OptionalTensor&, const OptionalTensor&, int64_t, double);
 using SinkhornSignature = Tensor(
-    const Tensor&, const Tensor&, const OptionalTensor&, Names, const OptionalTensor&,
+    const Tensor&, const Tensor&, const OptionalTensor&, const Names&, const OptionalTensor&,
     const Tensor&, const Tensor&, int64_t, double);
 using SolveSignature = Tensor(
-    const Tensor&, const Tensor&, const OptionalTensor&, Names, const OptionalTensor&,
+    const Tensor&, const Tensor&, const OptionalTensor&, const Names&, const OptionalTensor&,
     const Tensor&, const Tensor&, const Tensor&);
 
 }  // namespace mixhead::matching

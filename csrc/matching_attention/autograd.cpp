@@ -18,6 +18,7 @@
 #include "kernel_attention/arguments.h"
 #include "kernel_attention/op.h"
 #include "matching_attention/curvature.h"
+#include "wide_dtype.h"
 
 namespace mixhead::matching {
 namespace {
@@ -125,7 +126,7 @@ variable_list gradients_of_means(
 Tensor solve(const Points& points, const Sides& potential, const Tensor& right_side) {
   const auto fixed = points.detached();
   const Sides at{potential.row.detach(), potential.column.detach()};
-  const auto x = Solve::apply(right_side, fixed, at);
+  auto x = Solve::apply(right_side, fixed, at);
   if (!c10::GradMode::is_enabled()) return x;
   const auto product = Curvature(points, potential).times(x.detach());
   return x - Solve::apply(product - product.detach(), fixed, at);
@@ -173,12 +174,12 @@ OptionalTensor cast(const OptionalTensor& tensor, at::ScalarType dtype) {
 
 Matching matching_attention(
     const Tensor& query, const Tensor& key, const Tensor& value, const OptionalTensor& bandwidth,
-    Names kernel, const OptionalTensor& row_mass, const OptionalTensor& column_mass,
+    const Names& kernel, const OptionalTensor& row_mass, const OptionalTensor& column_mass,
     const OptionalTensor& dustbin, int64_t iterations, double tolerance) {
-  const Arguments args{query,    key,         value,   bandwidth,  std::move(kernel),
+  const Arguments args{query,    key,         value,   bandwidth,  kernel,
                        row_mass, column_mass, dustbin, iterations, tolerance};
   check(args);
-  const auto dtype = query.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+  const auto dtype = wide_dtype(query);
   const Points points{
       query.to(dtype), key.to(dtype), cast(bandwidth, dtype), args.kernel, cast(dustbin, dtype)};
   const auto mass = masses(args, points);

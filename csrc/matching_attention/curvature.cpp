@@ -26,7 +26,7 @@ Averages::Averages(const Points& points, const Tensor& bias)
 }
 
 Tensor Averages::of(const Tensor& x) const {
-  const auto mean = pass(points_, points_of(points_, x).unsqueeze(-1), bias_).mean.squeeze(-1);
+  auto mean = pass(points_, points_of(points_, x).unsqueeze(-1), bias_).mean.squeeze(-1);
   if (!points_.dustbin) return mean;
   const auto of_dustbin = (dustbin_weights_ * x).sum(-1, /*keepdim=*/true);
   return at::cat({mean + dustbin_share_ * at::slice(x, -1, -1), of_dustbin}, -1);

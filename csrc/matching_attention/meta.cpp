@@ -8,14 +8,14 @@ namespace {
 
 Tensor sinkhorn_meta(
     const Tensor& /*query*/, const Tensor& /*key*/, const OptionalTensor& /*bandwidth*/,
-    Names /*kernel*/, const OptionalTensor& /*dustbin*/, const Tensor& /*log_row_mass*/,
+    const Names& /*kernel*/, const OptionalTensor& /*dustbin*/, const Tensor& /*log_row_mass*/,
     const Tensor& log_column_mass, int64_t /*iterations*/, double /*tolerance*/) {
   return at::empty_like(log_column_mass);
 }
 
 Tensor solve_meta(
     const Tensor& /*query*/, const Tensor& /*key*/, const OptionalTensor& /*bandwidth*/,
-    Names /*kernel*/, const OptionalTensor& /*dustbin*/, const Tensor& /*row_potential*/,
+    const Names& /*kernel*/, const OptionalTensor& /*dustbin*/, const Tensor& /*row_potential*/,
     const Tensor& /*column_potential*/, const Tensor& right_side) {
   return at::empty_like(right_side);
 }

@@ -1,10 +1,10 @@
 #include "matching_attention/op.h"
 
-#include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/ops/min.h>
 #include <torch/library.h>
 
 #include "checks.h"
+#include "find_operator.h"
 #include "kernel_attention/kernel_checks.h"
 #include "matching_attention/arguments.h"
 
@@ -18,7 +18,7 @@ void check_mass(
     const char* name, const OptionalTensor& mass, const Tensor& query, const c10::SymInt& count) {
   if (!mass) return;
   checks::companion(kOp, name, *mass, query, "query", /*float32_too=*/true);
-  auto target = checks::like_query(query, {query.sym_size(-3), count});
+  const auto target = checks::like_query(query, {query.sym_size(-3), count});
   MIXHEAD_CHECK(
       checks::broadcasts_to(*mass, target), kOp, name, " must broadcast to ", checks::shape(target),
       ", got ", checks::shape(*mass));
@@ -54,18 +54,14 @@ void check(const Arguments& args) {
 
 Tensor call_sinkhorn(
     const Points& points, const Sides& log_mass, int64_t iterations, double tolerance) {
-  static const auto op = c10::Dispatcher::singleton()
-                             .findSchemaOrThrow("mixhead::_matching_attention_sinkhorn", "")
-                             .typed<SinkhornSignature>();
+  static const auto op = find_operator<SinkhornSignature>("mixhead::_matching_attention_sinkhorn");
   return op.call(
       points.query, points.key, points.bandwidth, points.kernel, points.dustbin, log_mass.row,
       log_mass.column, iterations, tolerance);
 }
 
 Tensor call_solve(const Points& points, const Sides& potential, const Tensor& right_side) {
-  static const auto op = c10::Dispatcher::singleton()
-                             .findSchemaOrThrow("mixhead::_matching_attention_solve", "")
-                             .typed<SolveSignature>();
+  static const auto op = find_operator<SolveSignature>("mixhead::_matching_attention_solve");
   return op.call(
       points.query, points.key, points.bandwidth, points.kernel, points.dustbin, potential.row,
       potential.column, right_side);
@@ -77,9 +73,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> matching_attention(
     const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,
     const std::optional<at::Tensor>& bandwidth, const std::vector<std::string>& kernel,
     const MatchingAttentionOptions& options) {
-  static const auto op = c10::Dispatcher::singleton()
-                             .findSchemaOrThrow("mixhead::matching_attention", "")
-                             .typed<matching::PublicSignature>();
+  static const auto op = find_operator<matching::PublicSignature>("mixhead::matching_attention");
   return op.call(
       query, key, value, bandwidth, c10::List<std::string>(kernel), options.row_mass,
       options.column_mass, options.dustbin, options.iterations, options.tolerance);

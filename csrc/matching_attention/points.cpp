@@ -23,7 +23,7 @@ OptionalTensor detach(const OptionalTensor& tensor) {
 }  // namespace
 
 Points Points::transposed() const {
-  auto leading = query.sym_sizes().slice(0, query.dim() - 3);
+  const auto leading = query.sym_sizes().slice(0, query.dim() - 3);
   c10::SymDimVector sizes(leading.begin(), leading.end());
   const auto own = key.sym_sizes().slice(key.dim() - 3);
   sizes.append(own.begin(), own.end());

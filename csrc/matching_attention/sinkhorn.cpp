@@ -7,6 +7,7 @@
 #include <torch/library.h>
 
 #include <limits>
+#include <utility>
 
 #include "matching_attention/curvature.h"
 
@@ -56,12 +57,12 @@ Tensor conjugate_gradients(
 }
 
 Tensor solve(
-    const Tensor& query, const Tensor& key, const OptionalTensor& bandwidth, Names kernel,
+    const Tensor& query, const Tensor& key, const OptionalTensor& bandwidth, const Names& kernel,
     const OptionalTensor& dustbin, const Tensor& row_potential, const Tensor& column_potential,
     const Tensor& right_side) {
   return conjugate_gradients(
-      {query, key, bandwidth, std::move(kernel), dustbin}, {row_potential, column_potential},
-      right_side, right_side.scalar_type() == at::kDouble ? 1e-13 : 1e-6);
+      {query, key, bandwidth, kernel, dustbin}, {row_potential, column_potential}, right_side,
+      right_side.scalar_type() == at::kDouble ? 1e-13 : 1e-6);
 }
 
 /// By what share of its mass the worst column of each problem missed it, (B..., Hq, 1): a column
@@ -75,10 +76,10 @@ Tensor miss(const Tensor& before, const Tensor& after) {
 /// Newton's method, M x = mass - sums (Brauer, Clason, Lorenz & Wirth 2017); it is taken back where
 /// it misses more than before, and tried more and more seldom.
 Tensor sinkhorn(
-    const Tensor& query, const Tensor& key, const OptionalTensor& bandwidth, Names kernel,
+    const Tensor& query, const Tensor& key, const OptionalTensor& bandwidth, const Names& kernel,
     const OptionalTensor& dustbin, const Tensor& log_row_mass, const Tensor& log_column_mass,
     int64_t iterations, double tolerance) {
-  const Points points{query, key, bandwidth, std::move(kernel), dustbin};
+  const Points points{query, key, bandwidth, kernel, dustbin};
   const auto transposed = points.transposed();
   auto column = at::zeros_like(log_column_mass);
   if (column.numel() == 0) return column;
@@ -90,7 +91,7 @@ Tensor sinkhorn(
     auto next = potential(log_column_mass, log_sums(transposed, row));
     const auto error = miss(column, next);
     if (error.max().item<double>() <= tolerance) {
-      column = next;
+      column = std::move(next);
       break;
     }
     if (retreat.defined()) {

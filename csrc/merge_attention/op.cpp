@@ -1,7 +1,6 @@
 #include "merge_attention/op.h"
 
 #include <ATen/TensorOperators.h>
-#include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/ops/stack.h>
 #include <ATen/ops/where.h>
 #include <torch/library.h>
@@ -9,6 +8,8 @@
 #include <limits>
 
 #include "checks.h"
+#include "find_operator.h"
+#include "wide_dtype.h"
 
 namespace mixhead {
 namespace {
@@ -43,7 +44,7 @@ void check(at::TensorList outputs, at::TensorList lses) {
 /// come from one formula.
 std::tuple<Tensor, Tensor> merge(at::TensorList outputs, at::TensorList lses) {
   check(outputs, lses);
-  const auto dtype = outputs[0].scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+  const auto dtype = wide_dtype(outputs[0]);
   std::vector<Tensor> wide;
   for (const auto& lse : lses) wide.push_back(lse.to(dtype));
   const auto stacked = at::stack(wide);
@@ -67,10 +68,8 @@ std::tuple<Tensor, Tensor> merge(at::TensorList outputs, at::TensorList lses) {
 TORCH_LIBRARY_IMPL(mixhead, CompositeImplicitAutograd, m) { m.impl("merge_attention", merge); }
 
 std::tuple<at::Tensor, at::Tensor> merge_attention(at::TensorList outputs, at::TensorList lses) {
-  static const auto op =
-      c10::Dispatcher::singleton()
-          .findSchemaOrThrow("mixhead::merge_attention", "")
-          .typed<std::tuple<at::Tensor, at::Tensor>(at::TensorList, at::TensorList)>();
+  using Signature = std::tuple<at::Tensor, at::Tensor>(at::TensorList, at::TensorList);
+  static const auto op = find_operator<Signature>("mixhead::merge_attention");
   return op.call(outputs, lses);
 }
 

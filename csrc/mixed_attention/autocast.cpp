@@ -1,10 +1,13 @@
-#include <ATen/autocast_mode.h>
 #include <torch/library.h>
 
+#include "autocast.h"
+#include "find_operator.h"
 #include "mixed_attention/arguments.h"
 
 namespace mixhead::mixed {
 namespace {
+
+using autocast::cast;
 
 /// Queries, keys and values in autocast's dtype; mix, masks and the log-sum-exps as they are.
 template <at::DeviceType device>
@@ -15,16 +18,11 @@ std::tuple<Tensor, Tensor, Tensor> mixed_attention_autocast(
     const OptionalTensor& memory_index, double dropout_p, bool is_causal,
     std::optional<double> scale, bool enable_gqa) {
   c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
-  const auto dtype = at::autocast::get_autocast_dtype(device);
-  const auto cast = [&](const Tensor& tensor) {
-    return at::autocast::cached_cast(dtype, tensor, device);
-  };
-  static const auto op = c10::Dispatcher::singleton()
-                             .findSchemaOrThrow("mixhead::mixed_attention", "")
-                             .typed<PublicSignature>();
+  static const auto op = find_operator<PublicSignature>("mixhead::mixed_attention");
   return op.call(
-      cast(query), cast(key), cast(value), cast(memory_key), cast(memory_value), mix, rule,
-      attn_mask, memory_mask, memory_index, dropout_p, is_causal, scale, enable_gqa);
+      cast<device>(query), cast<device>(key), cast<device>(value), cast<device>(memory_key),
+      cast<device>(memory_value), mix, rule, attn_mask, memory_mask, memory_index, dropout_p,
+      is_causal, scale, enable_gqa);
 }
 
 }  // namespace

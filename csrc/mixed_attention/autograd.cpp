@@ -9,8 +9,10 @@ namespace {
 
 using differentiate::any_requires_grad;
 using differentiate::draw_seed;
+using differentiate::first;
 using differentiate::list_of;
 using differentiate::needed_gradients;
+using differentiate::needed_second_gradients;
 using differentiate::optional;
 using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
@@ -70,18 +72,14 @@ class Backward : public torch::autograd::Function<Backward> {
     return list_of(gradients);
   }
 
-  static variable_list backward(AutogradContext* ctx, variable_list second_order) {
+  static variable_list backward(AutogradContext* ctx, const variable_list& second_order) {
     const auto saved = ctx->get_saved_variables();
     const auto args = restore_arguments(ctx, saved);
-    std::array<Tensor, kDifferentiable> incoming;
-    std::copy(second_order.begin(), second_order.end(), incoming.begin());
-    std::array<bool, 3 + kDifferentiable> needed{};
-    for (size_t i = 0; i < 3; ++i) needed[i] = ctx->needs_input_grad(i);
-    const auto needed_arguments = needed_gradients(ctx, differentiable(args), 3);
-    std::copy(needed_arguments.begin(), needed_arguments.end(), needed.begin() + 3);
+    const auto partners = first<kDifferentiable>(second_order);
+    const auto needed = needed_second_gradients<3>(ctx, differentiable(args));
     auto gradients = double_backward(
         args, {saved[kSavedArguments], saved[kSavedArguments + 1], saved[kSavedArguments + 2]},
-        incoming, needed);
+        partners, needed);
     gradients.resize(3 + kDifferentiable + 3);  // args, saved_forward, output_mask have none
     return differentiate::refuse_third_derivative("mixed_attention", std::move(gradients), saved);
   }

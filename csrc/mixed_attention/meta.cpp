@@ -3,6 +3,7 @@
 
 #include "meta.h"
 #include "mixed_attention/arguments.h"
+#include "wide_dtype.h"
 
 namespace mixhead::mixed {
 namespace {
@@ -20,8 +21,7 @@ Forward forward_meta(
   const auto rows = query.sym_sizes().slice(0, query.dim() - 1);
   c10::SymDimVector output_sizes(rows.begin(), rows.end());
   output_sizes.push_back(value.sym_size(-1));
-  const auto lse_options =
-      query.options().dtype(query.scalar_type() == at::kDouble ? at::kDouble : at::kFloat);
+  const auto lse_options = query.options().dtype(wide_dtype(query));
   const auto like_output = [&] { return at::empty_symint(output_sizes, query.options()); };
   const auto kept = [&](bool needed) {
     return needed ? at::empty_symint(output_sizes, lse_options) : at::empty({0}, lse_options);

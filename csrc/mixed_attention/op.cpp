@@ -1,12 +1,12 @@
 #include "mixed_attention/op.h"
 
-#include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/ops/aminmax.h>
 #include <torch/library.h>
 
 #include <cmath>
 
 #include "checks.h"
+#include "find_operator.h"
 #include "mixed_attention/arguments.h"
 
 namespace mixhead {
@@ -168,9 +168,7 @@ std::array<bool, 2> kept_outputs(const Arguments& args, bool for_backward) {
 }
 
 Forward call_forward(const Arguments& args, bool for_backward) {
-  static const auto op = c10::Dispatcher::singleton()
-                             .findSchemaOrThrow("mixhead::_mixed_attention_forward", "")
-                             .typed<ForwardSignature>();
+  static const auto op = find_operator<ForwardSignature>("mixhead::_mixed_attention_forward");
   return op.call(
       args.query, args.key, args.value, args.memory_key, args.memory_value, args.mix, args.rule,
       args.attn_mask, args.memory_mask, args.memory_index, args.dropout_p, args.seed,
@@ -180,9 +178,7 @@ Forward call_forward(const Arguments& args, bool for_backward) {
 Gradients call_backward(
     const std::array<Tensor, 3>& grads, const Arguments& args, const Forward& forward,
     OutputMask output_mask) {
-  static const auto op = c10::Dispatcher::singleton()
-                             .findSchemaOrThrow("mixhead::_mixed_attention_backward", "")
-                             .typed<BackwardSignature>();
+  static const auto op = find_operator<BackwardSignature>("mixhead::_mixed_attention_backward");
   const auto& [output, self_lse, memory_lse, self_output, memory_output] = forward;
   return op.call(
       grads[0], grads[1], grads[2], args.query, args.key, args.value, args.memory_key,
@@ -197,9 +193,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> mixed_attention(
     const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,
     const at::Tensor& memory_key, const at::Tensor& memory_value, const at::Tensor& mix,
     const MixedAttentionOptions& options) {
-  static const auto op = c10::Dispatcher::singleton()
-                             .findSchemaOrThrow("mixhead::mixed_attention", "")
-                             .typed<mixed::PublicSignature>();
+  static const auto op = find_operator<mixed::PublicSignature>("mixhead::mixed_attention");
   return op.call(
       query, key, value, memory_key, memory_value, mix, options.rule, options.attn_mask,
       options.memory_mask, options.memory_index, options.dropout_p, options.is_causal,

@@ -10,6 +10,7 @@
 #include "chunked.h"
 #include "dense.h"
 #include "mixed_attention/arguments.h"
+#include "wide_dtype.h"
 
 namespace mixhead::mixed {
 namespace {
@@ -141,8 +142,7 @@ Forward forward_portable(
   check(args);
   at::DimVector rows(query.sizes().begin(), query.sizes().end() - 1), wide = rows;
   wide.push_back(value.size(-1));
-  const auto lse_options =
-      query.options().dtype(query.scalar_type() == at::kDouble ? at::kDouble : at::kFloat);
+  const auto lse_options = query.options().dtype(wide_dtype(query));
   const auto output = at::empty(wide, query.options());
   const auto self_lse = at::empty(rows, lse_options), memory_lse = at::empty(rows, lse_options);
   const auto keep = kept_outputs(args, for_backward);

@@ -105,7 +105,7 @@ std::tuple<torch::Tensor, torch::Tensor> MixedMultiheadAttentionImpl::forward(
 
 std::tuple<torch::Tensor, torch::Tensor> MixedMultiheadAttentionImpl::attend(
     torch::Tensor query, torch::Tensor key, torch::Tensor value, const torch::Tensor& memory_key,
-    const torch::Tensor& memory_value, torch::Tensor key_padding_mask, bool need_weights,
+    const torch::Tensor& memory_value, const torch::Tensor& key_padding_mask, bool need_weights,
     const torch::Tensor& attn_mask, bool average_attn_weights, bool is_causal,
     const torch::Tensor& memory_mask) {
   check_input(query, key, value);

@@ -77,7 +77,7 @@ class MixedMultiheadAttentionImpl
   /// by the batch, or (B, H, M, D).
   std::tuple<torch::Tensor, torch::Tensor> attend(
       torch::Tensor query, torch::Tensor key, torch::Tensor value, const torch::Tensor& memory_key,
-      const torch::Tensor& memory_value, torch::Tensor key_padding_mask = {},
+      const torch::Tensor& memory_value, const torch::Tensor& key_padding_mask = {},
       bool need_weights = true, const torch::Tensor& attn_mask = {},
       bool average_attn_weights = true, bool is_causal = false,
       const torch::Tensor& memory_mask = {});

@@ -37,11 +37,6 @@ using OutputMask = std::array<bool, kDifferentiable>;
 /// Throws c10::Error naming the first argument that does not fit. Works on symbolic shapes.
 void check(const Arguments& args);
 
-/// The dtype of the scores.
-inline at::ScalarType wide(const Tensor& query) {
-  return query.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
-}
-
 /// Calls of the operators through the dispatcher.
 Forward call_forward(const Arguments& args);
 Gradients call_backward(

@@ -1,10 +1,13 @@
-#include <ATen/autocast_mode.h>
 #include <torch/library.h>
 
+#include "autocast.h"
+#include "find_operator.h"
 #include "topk_keys/arguments.h"
 
 namespace mixhead::topk {
 namespace {
+
+using autocast::cast;
 
 /// Queries and keys in autocast's dtype; the mask as it is.
 template <at::DeviceType device>
@@ -12,13 +15,8 @@ Forward topk_keys_autocast(
     const Tensor& query, const Tensor& key, int64_t k, const OptionalTensor& mask,
     std::string_view metric) {
   c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
-  const auto dtype = at::autocast::get_autocast_dtype(device);
-  static const auto op = c10::Dispatcher::singleton()
-                             .findSchemaOrThrow("mixhead::topk_keys", "")
-                             .typed<ForwardSignature>();
-  return op.call(
-      at::autocast::cached_cast(dtype, query, device),
-      at::autocast::cached_cast(dtype, key, device), k, mask, metric);
+  static const auto op = find_operator<ForwardSignature>("mixhead::topk_keys");
+  return op.call(cast<device>(query), cast<device>(key), k, mask, metric);
 }
 
 }  // namespace

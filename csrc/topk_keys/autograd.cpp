@@ -8,8 +8,10 @@ namespace mixhead::topk {
 namespace {
 
 using differentiate::any_requires_grad;
+using differentiate::first;
 using differentiate::list_of;
 using differentiate::needed_gradients;
+using differentiate::needed_second_gradients;
 using differentiate::optional;
 using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
@@ -46,15 +48,12 @@ class Backward : public torch::autograd::Function<Backward> {
     return list_of(call_backward(grad_scores, args, indices, output_mask));
   }
 
-  static variable_list backward(AutogradContext* ctx, variable_list second_order) {
+  static variable_list backward(AutogradContext* ctx, const variable_list& second_order) {
     const auto saved = ctx->get_saved_variables();
     const auto args = restore_arguments(ctx, saved);
-    std::array<Tensor, kDifferentiable> incoming;
-    std::copy(second_order.begin(), second_order.end(), incoming.begin());
-    const auto of_arguments = needed_gradients(ctx, differentiable(args), 1);
-    std::array<bool, 1 + kDifferentiable> needed{ctx->needs_input_grad(0)};
-    std::copy(of_arguments.begin(), of_arguments.end(), needed.begin() + 1);
-    auto gradients = double_backward(args, saved[3], saved[4], incoming, needed);
+    const auto partners = first<kDifferentiable>(second_order);
+    const auto needed = needed_second_gradients<1>(ctx, differentiable(args));
+    auto gradients = double_backward(args, saved[3], saved[4], partners, needed);
     gradients.resize(1 + kDifferentiable + 3);  // args, indices, output_mask have none
     return differentiate::refuse_third_derivative("topk_keys", std::move(gradients), saved);
   }

@@ -8,6 +8,7 @@
 
 #include "engine_call.h"
 #include "topk_keys/arguments.h"
+#include "wide_dtype.h"
 
 /// topk_keys on the CPU engine: tensors to plain pointers, then the engine's items over threads.
 namespace mixhead::topk {
@@ -40,7 +41,7 @@ void split_work(cpu::TopkWork& work, const cpu::TopkKernels& functions) {
   split.row_blocks = divide_up(split.unit_rows, split.row_block);
   const int64_t items = split.units * split.row_blocks;
   const int64_t rows = p.batch * p.key_heads * p.groups * p.rows;
-  const int64_t wanted = divide_up(2 * at::get_num_threads(), items);
+  const int64_t wanted = divide_up(int64_t{2} * at::get_num_threads(), items);
   const int64_t splits = std::clamp<int64_t>(
       std::min(kSplitEntries / (rows * work.k), source.keys / (8 * kBlock)), 1, wanted);
   split.key_split = std::max<int64_t>(divide_up(source.keys, splits * kBlock) * kBlock, 1);
@@ -53,9 +54,9 @@ Forward forward_cpu(
   check({query, key, k, mask, metric});
   at::DimVector sizes(query.sizes().begin(), query.sizes().end() - 1);
   sizes.push_back(k);
-  const auto dtype = wide(query);
-  auto scores = at::empty(sizes, query.options().dtype(dtype));
-  auto indices = at::empty(sizes, query.options().dtype(at::kLong));
+  const auto dtype = wide_dtype(query);
+  const auto scores = at::empty(sizes, query.options().dtype(dtype));
+  const auto indices = at::empty(sizes, query.options().dtype(at::kLong));
   if (scores.numel() == 0) return {scores, indices};
 
   engine::Views views(query.sizes().slice(0, query.dim() - 3));
@@ -88,8 +89,9 @@ Forward forward_cpu(
   const auto& functions = cpu::topk_kernels(p.type);
   split_work(work, functions);
   const int64_t splits = work.split.key_splits, rows = scores.numel() / k;
-  auto split_scores = splits == 1 ? scores : at::empty({splits, rows, k}, scores.options());
-  auto split_indices = splits == 1 ? indices : at::empty({splits, rows, k}, indices.options());
+  const auto split_scores = splits == 1 ? scores : at::empty({splits, rows, k}, scores.options());
+  const auto split_indices =
+      splits == 1 ? indices : at::empty({splits, rows, k}, indices.options());
   work.scores = split_scores.mutable_data_ptr();
   work.indices = split_indices.mutable_data_ptr<int64_t>();
   const bool parallel = rows * keys >= kParallelProducts / p.channels;

@@ -3,6 +3,7 @@
 
 #include "meta.h"
 #include "topk_keys/arguments.h"
+#include "wide_dtype.h"
 
 namespace mixhead::topk {
 namespace {
@@ -15,7 +16,7 @@ Forward forward_meta(
   c10::SymDimVector sizes(rows.begin(), rows.end());
   sizes.emplace_back(k);
   return {
-      at::empty_symint(sizes, query.options().dtype(wide(query))),
+      at::empty_symint(sizes, query.options().dtype(wide_dtype(query))),
       at::empty_symint(sizes, query.options().dtype(at::kLong))};
 }
 

@@ -1,9 +1,9 @@
 #include "topk_keys/op.h"
 
-#include <ATen/core/dispatch/Dispatcher.h>
 #include <torch/library.h>
 
 #include "checks.h"
+#include "find_operator.h"
 #include "topk_keys/arguments.h"
 
 namespace mixhead {
@@ -50,18 +50,14 @@ std::array<Tensor, kDifferentiable> differentiable(const Arguments& args) {
 }
 
 Forward call_forward(const Arguments& args) {
-  static const auto op = c10::Dispatcher::singleton()
-                             .findSchemaOrThrow("mixhead::_topk_keys_forward", "")
-                             .typed<ForwardSignature>();
+  static const auto op = find_operator<ForwardSignature>("mixhead::_topk_keys_forward");
   return op.call(args.query, args.key, args.k, args.mask, args.metric);
 }
 
 Gradients call_backward(
     const Tensor& grad_scores, const Arguments& args, const Tensor& indices,
     OutputMask output_mask) {
-  static const auto op = c10::Dispatcher::singleton()
-                             .findSchemaOrThrow("mixhead::_topk_keys_backward", "")
-                             .typed<BackwardSignature>();
+  static const auto op = find_operator<BackwardSignature>("mixhead::_topk_keys_backward");
   return op.call(grad_scores, args.query, args.key, args.mask, args.metric, indices, output_mask);
 }
 
@@ -69,9 +65,7 @@ Gradients call_backward(
 
 std::tuple<at::Tensor, at::Tensor> topk_keys(
     const at::Tensor& query, const at::Tensor& key, int64_t k, const TopkKeysOptions& options) {
-  static const auto op = c10::Dispatcher::singleton()
-                             .findSchemaOrThrow("mixhead::topk_keys", "")
-                             .typed<topk::ForwardSignature>();
+  static const auto op = find_operator<topk::ForwardSignature>("mixhead::topk_keys");
   return op.call(query, key, k, options.mask, options.metric);
 }
 

@@ -14,6 +14,7 @@
 #include "chunked.h"
 #include "dense.h"
 #include "topk_keys/arguments.h"
+#include "wide_dtype.h"
 
 namespace mixhead::topk {
 namespace {
@@ -115,7 +116,7 @@ Problem search_problem(const Arguments& args, Metric metric) {
 }
 
 Problem scores_problem(const Arguments& args, const Tensor& indices) {
-  auto metric = *metric_named(args.metric);
+  const auto metric = *metric_named(args.metric);
   auto problem = search_problem(args, metric);
   const bool float_mask = args.mask && args.mask->is_floating_point();
   problem.row_elements = 3 * args.k * args.query.size(-1) + (float_mask ? args.key.size(-2) : 0);
@@ -152,7 +153,7 @@ Forward forward_portable(
   check(args);
   at::DimVector sizes(query.sizes().begin(), query.sizes().end() - 1);
   sizes.push_back(k);
-  const auto scores = at::empty(sizes, query.options().dtype(wide(query)));
+  const auto scores = at::empty(sizes, query.options().dtype(wide_dtype(query)));
   const auto indices = at::empty(sizes, query.options().dtype(at::kLong));
   if (k > 0) chunked::forward(search_problem(args, *metric_named(metric)), {scores, indices});
   return {scores, indices};
