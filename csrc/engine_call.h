@@ -39,6 +39,24 @@ class Views {
 
 inline at::DataPtr allocate(int64_t bytes) { return c10::GetCPUAllocator()->allocate(bytes); }
 
+/// Memory that the chunks of a call use one after the other: got anew for each, it might be new to
+/// the process each time.
+class Scratch {
+ public:
+  void* at_least(int64_t bytes) {
+    if (bytes > bytes_) {
+      data_.clear();
+      data_ = allocate(bytes);
+      bytes_ = bytes;
+    }
+    return data_.get();
+  }
+
+ private:
+  at::DataPtr data_;
+  int64_t bytes_ = 0;
+};
+
 /// Does items 0 .. count - 1 on the threads there are; item(number, scratch). Whichever thread is
 /// free takes the next: results do not depend on who did what.
 template <class Item>

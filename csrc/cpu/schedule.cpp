@@ -13,6 +13,11 @@ constexpr int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 constexpr int64_t kItemsPerThread = 4;
 /// Multiply-adds below which a second thread costs more than it brings.
 constexpr int64_t kSerialWork = int64_t{1} << 20;
+/// Rows that a chunk keeps when it is cut for the cache: keys are read once for each chunk.
+constexpr int64_t kChunkRows = 4096;
+/// Keys of a row above which its arithmetic hides what its partial gradients cost to move. Chunks
+/// of a causal sequence leave the items of later keys idle, which is worth it below only.
+constexpr int64_t kFewKeys = 1024;
 
 int64_t heads(const Problem& p) { return p.key_heads * p.groups; }
 
@@ -47,7 +52,7 @@ SourceWork split_source(
   const int64_t wanted = threads > 1 ? threads * kItemsPerThread : 1;
   const int64_t rows = std::max<int64_t>(work.unit_rows, 1);
   const int64_t panels = divide_up(rows, kernels.panel_lanes);
-  int64_t block_panels = std::clamp<int64_t>(work.units * panels / wanted, 1, tiles.panels);
+  const int64_t block_panels = std::clamp<int64_t>(work.units * panels / wanted, 1, tiles.panels);
   work.row_block = std::min(rows, block_panels * kernels.panel_lanes);
   if (source.indexed) {
     work.row_block = std::clamp<int64_t>(divide_up(work.units * rows, wanted * 4), 1, rows);
@@ -94,6 +99,10 @@ static Tiles choose_tiles(
   return tiles;
 }
 
+/// Bytes of partial results that stay in a third cache until they are merged, beside the rows that
+/// are read and written. Its size is not asked for: virtual machines name that of many cores.
+static int64_t cached_parts() { return 4 * caches().second; }
+
 ForwardSchedule schedule_forward(const Problem& p, const Kernels& kernels, int64_t threads) {
   ForwardSchedule schedule{};
   const auto rows_of = [&](int s) { return unit_rows(p, p.source[s], p.rows); };
@@ -103,8 +112,9 @@ ForwardSchedule schedule_forward(const Problem& p, const Kernels& kernels, int64
   // A row's partial results, with as many splits as one row could get.
   const int64_t row_bytes =
       p.batch * heads(p) * (p.value_channels + 1) * kernels.accumulator_bytes * 2;
-  schedule.chunk_rows =
-      std::clamp<int64_t>(kScratchBudget / 2 / row_bytes, 1, std::max<int64_t>(p.rows, 1));
+  const int64_t cached = std::max(cached_parts() / row_bytes, kChunkRows);
+  schedule.chunk_rows = std::clamp<int64_t>(
+      std::min(kScratchBudget / 2 / row_bytes, cached), 1, std::max<int64_t>(p.rows, 1));
   return schedule;
 }
 
@@ -202,11 +212,16 @@ BackwardSchedule schedule_backward(const Problem& p, const Kernels& kernels, int
   int64_t &wave = schedule.wave_heads, &chunk = schedule.chunk_rows;
   wave = p.key_heads;
   chunk = std::max<int64_t>(p.rows, 1);
-  const auto fits = [&] { return parts(p, tiles, kernels, wave, chunk, threads) <= budget; };
-  while (!fits() && wave > 1) wave = divide_up(wave, 2);
-  while (!fits() && chunk > kernels.panel_lanes) {
+  const auto fit = [&](int64_t bytes) {
+    return parts(p, tiles, kernels, wave, chunk, threads) <= bytes;
+  };
+  const auto halve_chunk = [&] {
     chunk = divide_up(divide_up(chunk, 2), kernels.panel_lanes) * kernels.panel_lanes;
-  }
+  };
+  while (!fit(budget) && wave > 1) wave = divide_up(wave, 2);
+  while (!fit(budget) && chunk > kernels.panel_lanes) halve_chunk();
+  const bool few_keys = p.source[0].keys + p.source[1].keys <= kFewKeys;
+  while (few_keys && !fit(cached_parts()) && chunk >= 2 * kChunkRows) halve_chunk();
   int64_t stores = 0;
   for (const auto& source : p.source) {
     stores += wave_units(p, source, wave) * source.slots * key_bytes;

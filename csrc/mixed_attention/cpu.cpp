@@ -20,6 +20,7 @@ using cpu::View;
 using engine::allocate;
 using engine::Places;
 using engine::run_items;
+using engine::Scratch;
 using engine::type_of;
 using engine::Views;
 
@@ -100,7 +101,7 @@ Forward forward_cpu(
                        mix,       rule, attn_mask, memory_mask, memory_index,
                        dropout_p, seed, is_causal, scale,       enable_gqa};
   check(args);
-  Plain plain(args);
+  const Plain plain(args);
   const auto& p = plain.problem();
   const auto& kernels = cpu::kernels(p.type);
 
@@ -124,15 +125,15 @@ Forward forward_cpu(
     work.lse[s] = lse[s].data_ptr();
     work.kept_output[s] = kept[s].numel() > 0 ? kept[s].data_ptr() : nullptr;
   }
+  Scratch parts[2];
   for (int64_t first = 0; first < p.rows; first += schedule.chunk_rows) {
     work.chunk = {first, std::min(schedule.chunk_rows, p.rows - first)};
     const auto items = cpu::split_forward(schedule, kernels, threads, work);
     const int64_t all = p.batch * heads * work.chunk.rows;
-    at::DataPtr parts[2];
     for (int s = 0; s < 2; ++s) {
       const int64_t numbers = work.source[s].key_splits * all;
-      parts[s] = allocate(numbers * (p.value_channels + 1) * kernels.accumulator_bytes);
-      work.part[s] = parts[s].get();
+      work.part[s] =
+          parts[s].at_least(numbers * (p.value_channels + 1) * kernels.accumulator_bytes);
       work.part_lse[s] =
           static_cast<char*>(work.part[s]) + numbers * p.value_channels * kernels.accumulator_bytes;
     }
@@ -267,11 +268,9 @@ class BackwardPass {
   void chunk(cpu::BackwardWork& work) {
     const auto& p = work.problem;
     const auto items = cpu::split_backward(schedule_, kernels_, threads_, work);
-    const auto delta = make_delta(work);
-    at::DataPtr parts[2];
+    find_delta(work);
     for (int s = 0; s < 2 && work.query_gradients; ++s) {
-      parts[s] = allocate(cpu::part_bytes(kernels_, work, s));
-      work.part[s] = parts[s].get();
+      work.part[s] = parts_[s].at_least(cpu::part_bytes(kernels_, work, s));
     }
     // The memory's items are the larger ones: they go first.
     run_items(
@@ -285,17 +284,16 @@ class BackwardPass {
         });
   }
 
-  /// delta of the wave's chunk, both sides; work.delta points to it.
-  at::DataPtr make_delta(cpu::BackwardWork& work) {
+  /// delta of the wave's chunk, both sides; work.delta points to it until the next call.
+  void find_delta(cpu::BackwardWork& work) {
     const auto& p = work.problem;
     const int64_t all = p.batch * p.key_heads * p.groups * work.chunk.rows;
-    auto delta = allocate(2 * all * kernels_.accumulator_bytes);
-    work.delta[0] = delta.get();
-    work.delta[1] = static_cast<char*>(delta.get()) + all * kernels_.accumulator_bytes;
+    auto* delta = static_cast<char*>(delta_.at_least(2 * all * kernels_.accumulator_bytes));
+    work.delta[0] = delta;
+    work.delta[1] = delta + all * kernels_.accumulator_bytes;
     run_rows(
         p.batch * work.heads * p.groups * work.chunk.rows, 0,
         [&](int64_t first, int64_t last, void*) { kernels_.backward_prepare(work, first, last); });
-    return delta;
   }
 
   template <class F>
@@ -336,7 +334,7 @@ class BackwardPass {
     auto all_rows = new_work(false, false);
     all_rows.heads = p.key_heads;
     all_rows.chunk = {0, p.rows};
-    const auto delta = make_delta(all_rows);
+    find_delta(all_rows);
     cpu::MaskGradientWork work{};
     work.problem = p;
     work.inputs = inputs_;
@@ -366,6 +364,7 @@ class BackwardPass {
   cpu::BackwardSchedule schedule_{};
   std::array<Tensor, kDifferentiable> gradients_;
   at::DataPtr row_mix_;
+  Scratch parts_[2], delta_;
 };
 
 Gradients backward_cpu(
