@@ -10,10 +10,11 @@ at::Tensor empty(at::IntArrayRef sizes, const at::TensorOptions& options) {
   auto result = at::empty(sizes, options);
 #ifdef MADV_HUGEPAGE
   if (result.nbytes() >= kLarge) {
-    const auto begin = reinterpret_cast<uintptr_t>(result.data_ptr());
+    auto* data = static_cast<char*>(result.data_ptr());
+    const auto begin = reinterpret_cast<uintptr_t>(data);
     const auto first = (begin + kPage - 1) / kPage * kPage;
     const auto last = (begin + result.nbytes()) / kPage * kPage;
-    madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);  // may be refused
+    madvise(data + (first - begin), last - first, MADV_HUGEPAGE);  // may be refused
   }
 #endif
   return result;

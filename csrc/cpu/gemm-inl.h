@@ -114,8 +114,7 @@ inline void gemm_block(
     for (int i = 0; i < rows; ++i) {
 #pragma GCC unroll 8
       for (int j = 0; j < vectors; ++j) {
-        sum[i][j] =
-            M::multiply_add(sum[i][j], group[i / 4] + i % 4 * strides.row, operand[j]);
+        sum[i][j] = M::multiply_add(sum[i][j], group[i / 4] + i % 4 * strides.row, operand[j]);
       }
     }
 #pragma GCC unroll 4

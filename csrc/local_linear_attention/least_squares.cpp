@@ -56,7 +56,7 @@ Spectrum eigenvectors_of(const Tensor& correlation) {
 Spectrum spectrum(const Tensor& correlation) {
   const auto factor = std::get<0>(at::linalg_cholesky_ex(correlation));
   const auto identity = identity_like(correlation);
-  auto whitening =
+  const auto whitening =
       at::linalg_solve_triangular(factor, identity, /*upper=*/false).transpose(-2, -1).contiguous();
   const auto squares = (whitening * whitening).flatten(-2).sum(-1);
   const auto rest = (squares <= std::sqrt(1.0 / epsilon(squares))).logical_not().nonzero();
