@@ -33,7 +33,7 @@ def _curve(inputs_of: Callable[[int], Inputs], backward: bool) -> list[tuple[int
 
         return call
 
-    times = interleaved([call_of(size) for size in SIZES], seconds=8.0, repeats=(3, 21))
+    times = interleaved([call_of(size) for size in SIZES], seconds=8.0, repeats=(6, 21))
     return [
         (size, min(found) / max(2**14 // size, 1)) for size, found in zip(SIZES, times, strict=True)
     ]
