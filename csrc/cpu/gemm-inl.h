@@ -169,20 +169,23 @@ void gemm_chain(
 }
 
 /// `rows` of A against `vectors` vectors of lanes; `steps` counts operands (pairs for bfloat16).
-/// Double, which one chooses for its precision, sums short chains: they round less.
+/// Double, which one chooses for its precision, sums short chains: they round less. So do the sets
+/// below AVX-512, whose narrower panels leave room for longer blocks of keys, the plain one more so
+/// as it rounds each product too.
 template <class M, int vectors>
 void gemm(
     int64_t rows, int64_t steps, const void* a_data, Strides strides, const typename M::Operand* b,
     int64_t b_step, typename M::Acc* c, int64_t c_row, Update update = Update::store,
     const typename M::Acc* alpha = nullptr) {
-  constexpr int64_t double_chain = 32;
+  constexpr bool is_double = sizeof(typename M::Acc) == 8, cut = is_double || kVectorBytes < 64;
+  constexpr int64_t short_chain = is_double || kVectorBytes < 32 ? 32 : 64;
   const char* a = static_cast<const char*>(a_data);
   if (!alpha) alpha = c;  // not read then
-  const int64_t chain = sizeof(typename M::Acc) == 8 && steps > double_chain ? double_chain : steps;
+  const int64_t chain = cut && steps > short_chain ? short_chain : steps;
   gemm_chain<M, vectors>(rows, chain, a, strides, b, b_step, c, c_row, update, alpha);
-  if constexpr (sizeof(typename M::Acc) == 8) {
-    for (int64_t first = chain; first < steps; first += double_chain) {
-      const int64_t length = steps - first < double_chain ? steps - first : double_chain;
+  if constexpr (cut) {
+    for (int64_t first = chain; first < steps; first += short_chain) {
+      const int64_t length = steps - first < short_chain ? steps - first : short_chain;
       gemm_chain<M, vectors>(
           rows, length, a + first * strides.step, strides, b + first * b_step, b_step, c, c_row,
           Update::add, alpha);

@@ -15,6 +15,7 @@ HERE = Path(__file__).parent
 FILES = [
     str(HERE / name)
     for name in (
+        "test_accuracy.py",
         "test_mixed_attention.py",
         "test_mixed_attention_meaning.py",
         "test_mixed_attention_dropout.py",
