@@ -115,13 +115,55 @@ Vector<float> decode_weights(float* scores, int64_t vectors, Vector<float> highe
   return sum + halves<1, 0>(sum, sum);
 }
 
-/// One key block, all of which every row may read, past a paired panel with outputs by row.
-template <class M>
-void decode_block(
-    const Problem& problem, ForwardPanel<M>& panel, int64_t keys, const Broadcast& key,
-    const Broadcast& value, float* scores, const Fetch& next_key, const Fetch& next_value) {
+/// Outputs += weights * values; B is M, or BFloat16Rows for values as they are given.
+template <class M, class B>
+void decode_values(
+    const Problem& problem, ForwardPanel<M>& panel, int64_t steps, const void* value,
+    int64_t step_bytes, const float* weights, const Fetch& next_value) {
   using Operand = typename M::Operand;
   constexpr int64_t lanes = kLanes<float>, half = lanes / 2, size = sizeof(Operand);
+  constexpr int64_t channel_bytes = kPairsRows<B> ? 2 : size;
+  const int64_t channels = problem.value_channels;
+  for (int64_t c = 0; c < channels; c += 2 * lanes) {
+    const auto* values = static_cast<const char*>(value) + c * channel_bytes;
+    const auto add = [&]<int count, int fetch_lines>() {
+      const Fetch part{next_value.data + c * steps * size, 0};
+      gemm_rows<B, half, count, fetch_lines>(
+          half, steps, reinterpret_cast<const char*>(weights), {size, half * size},
+          reinterpret_cast<const Operand*>(values), step_bytes / size, panel.output + c, channels,
+          Update::add, weights, part);
+    };
+    if constexpr (!kPairsRows<B>) {
+      if (channels - c < 2 * lanes) {
+        add.template operator()<1, 0>();
+        continue;
+      }
+    }
+    if (next_value.data) {
+      add.template operator()<2, 2>();
+    } else {
+      add.template operator()<2, 0>();
+    }
+  }
+}
+
+/// Whether decode_block can do a block of keys that ends before `last`.
+template <class M>
+bool decodes(
+    const Problem& problem, const ForwardPanel<M>& panel, const Bias<float>& bias, int64_t last) {
+  const bool all = bias.kind == Bias<float>::none && panel.rows.fewest >= last;
+  return panel.paired && panel.by_row && all && !problem.dropout.on;
+}
+
+/// One key block, all of which every row may read, past a paired panel with outputs by row.
+template <class M, class Io>
+void decode_block(
+    const Problem& problem, ForwardPanel<M>& panel, int64_t keys, const KeyRows<Io>& key_rows,
+    const KeyRows<Io>& value_rows, ForwardScratch<Io>& scratch, const Fetch& next_key,
+    const Fetch& next_value) {
+  constexpr int64_t lanes = kLanes<float>, half = lanes / 2;
+  float* scores = scratch.scores;
+  const auto key = by_channel<M>(key_rows, keys, problem.channels, scratch.key);
   multiply_paired(problem, panel, keys, key, scores, next_key);
 
   const int64_t vectors = divide_up(keys, 4) * 2;
@@ -135,25 +177,21 @@ void decode_block(
   store(panel.sum, load<float>(panel.sum) * alpha + sum);
 
   const int64_t channels = problem.value_channels, steps = divide_up(keys, M::steps);
-  const auto* values = static_cast<const Operand*>(value.data);
   for (int64_t row = 0; row < half; ++row) {
     for (int64_t c = 0; c < channels; ++c) panel.output[row * channels + c] *= alpha[row];
   }
-  for (int64_t c = 0; c < channels; c += 2 * lanes) {
-    const auto add = [&]<int count, int fetch_lines>() {
-      const Fetch part{next_value.data + c * steps * size, 0};
-      gemm_rows<M, half, count, fetch_lines>(
-          half, steps, reinterpret_cast<const char*>(scores), {size, half * size}, values + c,
-          value.strides.step / size, panel.output + c, channels, Update::add, scores, part);
-    };
-    if (channels - c < 2 * lanes) {
-      add.template operator()<1, 0>();
-    } else if (next_value.data) {
-      add.template operator()<2, 2>();
-    } else {
-      add.template operator()<2, 0>();
+#if defined(__AVX512BF16__)
+  if constexpr (M::steps == 2) {
+    if (keys % 2 == 0 && channels % (2 * lanes) == 0) {
+      decode_values<M, BFloat16Rows>(
+          problem, panel, steps, value_rows.data, 2 * value_rows.row * sizeof(Io), scores,
+          next_value);
+      return;
     }
   }
+#endif
+  const auto value = by_key<M>(value_rows, keys, channels, scratch.value);
+  decode_values<M, M>(problem, panel, steps, value.data, value.strides.step, scores, next_value);
 }
 
 #endif

@@ -129,20 +129,10 @@ template <class M, int vectors>
 void forward_block(
     const Problem& problem, ForwardPanel<M>& panel, const Bias<typename M::Acc>& bias,
     int64_t first, int64_t keys, const Broadcast& key, const Broadcast& value,
-    typename M::Acc* scores, [[maybe_unused]] const Fetch& next_key,
-    [[maybe_unused]] const Fetch& next_value) {
+    typename M::Acc* scores) {
   using Acc = typename M::Acc;
   using V = Vector<Acc>;
   constexpr int lanes = kLanes<Acc>, width = vectors * lanes;
-#if defined(__AVX512F__)
-  if constexpr (kCanPair<M> && vectors == 1) {
-    const bool all = bias.kind == Bias<Acc>::none && panel.rows.fewest >= first + keys;
-    if (panel.paired && panel.by_row && all && !problem.dropout.on) {
-      decode_block(problem, panel, keys, key, value, scores, next_key, next_value);
-      return;
-    }
-  }
-#endif
   multiply_queries<M, vectors>(problem, panel, keys, key, scores);
 
   V highest[vectors];
@@ -218,7 +208,6 @@ void stream(
   const int64_t last = item.first_key + item.keys;
   for (int64_t first = item.first_key; first < last; first += work.tiles.keys) {
     const int64_t keys = smaller(work.tiles.keys, last - first);
-    const int64_t after = first + keys, next = smaller(work.tiles.keys, last - after);
     Broadcast key{}, value{};
     for (int64_t i = 0; i < panels; ++i) {
       auto& panel = scratch.panels[i];
@@ -226,15 +215,24 @@ void stream(
       const int64_t read = smaller(keys, panel.rows.most - first);
       const auto bias = bias_of(source, panel.rows, first, read, scratch.bias);
       if (bias.nothing_readable) continue;
+#if defined(__AVX512F__)
+      if constexpr (kCanPair<M>) {
+        if (decodes<M>(p, panel, bias, first + read)) {
+          const int64_t after = first + keys, next = smaller(work.tiles.keys, last - after);
+          decode_block<M>(
+              p, panel, read, key_data.from(first), value_data.from(first), scratch,
+              fetch_of(key_data.from(after), next, p.channels),
+              fetch_of(value_data.from(after), next, p.value_channels));
+          continue;
+        }
+      }
+#endif
       if (!key.data) {
         key = by_channel<M>(key_data.from(first), keys, p.channels, scratch.key);
         value = by_key<M>(value_data.from(first), keys, p.value_channels, scratch.value);
       }
       with_vectors(panel.rows.vectors(), [&]<int vectors>() {
-        forward_block<M, vectors>(
-            p, panel, bias, first, read, key, value, scratch.scores,
-            fetch_of(key_data.from(after), next, p.channels),
-            fetch_of(value_data.from(after), next, p.value_channels));
+        forward_block<M, vectors>(p, panel, bias, first, read, key, value, scratch.scores);
       });
     }
   }

@@ -36,6 +36,18 @@ struct BFloat16Pairs {
         (__m512)sum, (__m512bh)_mm512_set1_epi32(pair), (__m512bh)b);
   }
 };
+
+/// The same where B is a matrix of bfloat16, two of whose rows are paired when they are loaded: for
+/// so few rows of A that it would cost more to write the pairs first.
+struct BFloat16Rows : BFloat16Pairs {};
+#endif
+
+/// Whether B is BFloat16Rows.
+template <class M>
+constexpr bool kPairsRows = false;
+#if defined(__AVX512BF16__)
+template <>
+constexpr bool kPairsRows<BFloat16Rows> = true;
 #endif
 
 /// Two neighbouring steps at once, in the even and the odd lanes: for so few rows that they fill
@@ -82,6 +94,32 @@ struct Fetch {
   int64_t bytes;
 };
 
+/// One step of B in `vectors` vectors.
+template <class M, int vectors>
+inline __attribute__((always_inline)) void load_step(
+    const typename M::Operand* b, [[maybe_unused]] int64_t b_step,
+    Vector<typename M::Operand>* operand) {
+  using Operand = typename M::Operand;
+#if defined(__AVX512BF16__)
+  if constexpr (kPairsRows<M>) {
+    static_assert(vectors == 2);
+    alignas(64) static constexpr uint16_t order[64] = {
+        0,  32, 1,  33, 2,  34, 3,  35, 4,  36, 5,  37, 6,  38, 7,  39, 8,  40, 9,  41, 10, 42,
+        11, 43, 12, 44, 13, 45, 14, 46, 15, 47, 16, 48, 17, 49, 18, 50, 19, 51, 20, 52, 21, 53,
+        22, 54, 23, 55, 24, 56, 25, 57, 26, 58, 27, 59, 28, 60, 29, 61, 30, 62, 31, 63};
+    const auto even = _mm512_loadu_si512(b);
+    const auto odd = _mm512_loadu_si512(reinterpret_cast<const char*>(b) + 2 * b_step);
+    for (int j = 0; j < 2; ++j) {
+      const auto chosen = _mm512_load_si512(order + 32 * j);
+      operand[j] = (Vector<uint32_t>)_mm512_permutex2var_epi16(even, chosen, odd);
+    }
+    return;
+  }
+#endif
+#pragma GCC unroll 8
+  for (int j = 0; j < vectors; ++j) operand[j] = load<Operand>(b + j * kLanes<Operand>);
+}
+
 template <class M, int rows, int vectors, int fetch_lines>
 inline void gemm_block(
     int64_t steps, const char* a, Strides strides, const typename M::Operand* b, int64_t b_step,
@@ -106,10 +144,7 @@ inline void gemm_block(
       __builtin_prefetch(fetch + (step * fetch_lines + i) * 64, 0, 2);
     }
     Vector<typename M::Operand> operand[vectors];
-#pragma GCC unroll 8
-    for (int j = 0; j < vectors; ++j) {
-      operand[j] = load<typename M::Operand>(b + step * b_step + j * lanes);
-    }
+    load_step<M, vectors>(b + step * b_step, b_step, operand);
 #pragma GCC unroll 16
     for (int i = 0; i < rows; ++i) {
 #pragma GCC unroll 8

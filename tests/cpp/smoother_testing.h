@@ -41,6 +41,7 @@ constexpr Case kCases[] = {
     {{2, 2, 3, 21, 20, 12, 40, 50}, {.causal = true}, "groups"},
     {{1, 2, 1, 3, 37, 21, 300, 900}, {.joint = true}, "few rows"},
     {{7, 2, 1, 1, 64, 48, 30, 1000}, {}, "half a vector of rows"},
+    {{5, 2, 1, 1, 64, 64, 31, 1000}, {}, "half a vector of rows, whole vectors of pairs"},
     {{2, 1, 1, 8, 8, 8, 8, 0}, {.joint = true}, "no memory"},
     {{2, 2, 1, 70, 8, 8, 50, 220}, {.mask = Case::padding}, "padding masks"},
     {{2, 2, 1, 70, 8, 8, 50, 130}, {.joint = true, .mask = Case::full_float}, "float masks"},
