@@ -255,8 +255,9 @@ void local_gradient(const LocalGradient& work, int64_t number, void* memory) {
          nullptr});
     if (data) add_data_gradients(block, panel, channels, scratch.data);
     with_vectors(rows.vectors(), [&]<int vectors>() {
-      add_differences<Acc, vectors, true>(
-          points, panel.queries.query, scratch.keys, scratch.gradients, count, panel.grad_query,
+      const auto add = work.grad_bandwidth ? add_differences<Acc, vectors, true>
+                                           : add_differences<Acc, vectors, false>;
+      add(points, panel.queries.query, scratch.keys, scratch.gradients, count, panel.grad_query,
           scratch.differences, 0, squares);
     });
   };

@@ -1,3 +1,4 @@
+#include <ATen/Parallel.h>
 #include <ATen/TensorOperators.h>
 #include <ATen/ops/cat.h>
 #include <ATen/ops/empty.h>
@@ -31,8 +32,6 @@ constexpr int64_t kMostChannels = 8;
 constexpr int64_t kBudget = int64_t{1} << 21;
 /// Multiply-adds below which a second thread costs more than it brings.
 constexpr int64_t kSerialWork = int64_t{1} << 19;
-
-int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 /// Whether the engine can: kernels of a distance, few channels, anything to do at all.
 bool suits_engine(const Arguments& args) {
@@ -182,7 +181,7 @@ class Engine {
     DataGradients sums;
     if (wanted[0]) sums.query = at::empty_like(regression_.query);
     if (wanted[1] || wanted[2]) {
-      const int64_t splits = parallel_ ? divide_up(2 * threads_, units) : 1;
+      const int64_t splits = parallel_ ? at::divup(2 * threads_, units) : 1;
       sums.data = at::zeros({splits, units, p.source[0].keys, wide_}, regression_.query.options());
     }
     if (wanted[3]) sums.bandwidth.assign(p.key_heads * channels_, 0.0);
