@@ -60,9 +60,10 @@ def compare_with_torch(peer, ours, tensors, options, dtype):
         leaves = {id(leaf): leaf for leaf in (*tensors, *parameters)}
         results.append(torch.autograd.grad(loss, list(leaves.values())))
     for mine, theirs in zip(results[1], results[0], strict=True):
-        torch.testing.assert_close(
-            mine, theirs, rtol=10 * tolerance["atol"], atol=tolerance["atol"]
-        )
+        # Sums of many terms, which cancel in some elements: the keys' bias has no gradient at all.
+        # Their error goes by the largest.
+        largest = max(1.0, theirs.abs().max().item())
+        torch.testing.assert_close(mine, theirs, rtol=0, atol=tolerance["atol"] * largest)
 
 
 def saved_and_loaded(scripted):
