@@ -6,6 +6,7 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
+[[ -x .venv/bin/python ]] && PYTHON=${PYTHON:-.venv/bin/python}  # where make setup put torch
 PYTHON=${PYTHON:-python3}
 
 build() {  # build FOLDER OPTION...
