@@ -118,28 +118,23 @@ Vector<float> decode_weights(float* scores, int64_t vectors, Vector<float> highe
 /// Outputs += weights * values; B is M, or BFloat16Rows for values as they are given.
 template <class M, class B>
 void decode_values(
-    const Problem& problem, ForwardPanel<M>& panel, int64_t steps, const void* value,
-    int64_t step_bytes, const float* weights, const Fetch& next_value) {
+    const Problem& problem, ForwardPanel<M>& panel, int64_t steps, const Broadcast& value,
+    const float* weights, const Fetch& next_value) {
   using Operand = typename M::Operand;
   constexpr int64_t lanes = kLanes<float>, half = lanes / 2, size = sizeof(Operand);
-  constexpr int64_t channel_bytes = kPairsRows<B> ? 2 : size;
   const int64_t channels = problem.value_channels;
   for (int64_t c = 0; c < channels; c += 2 * lanes) {
-    const auto* values = static_cast<const char*>(value) + c * channel_bytes;
+    const auto* values = static_cast<const char*>(value.data) + c * value.strides.row;
     const auto add = [&]<int count, int fetch_lines>() {
       const Fetch part{next_value.data + c * steps * size, 0};
       gemm_rows<B, half, count, fetch_lines>(
           half, steps, reinterpret_cast<const char*>(weights), {size, half * size},
-          reinterpret_cast<const Operand*>(values), step_bytes / size, panel.output + c, channels,
-          Update::add, weights, part);
+          reinterpret_cast<const Operand*>(values), value.strides.step / size, panel.output + c,
+          channels, Update::add, weights, part);
     };
-    if constexpr (!kPairsRows<B>) {
-      if (channels - c < 2 * lanes) {
-        add.template operator()<1, 0>();
-        continue;
-      }
-    }
-    if (next_value.data) {
+    if (channels - c < 2 * lanes) {
+      add.template operator()<1, 0>();
+    } else if (next_value.data) {
       add.template operator()<2, 2>();
     } else {
       add.template operator()<2, 0>();
@@ -182,16 +177,15 @@ void decode_block(
   }
 #if defined(__AVX512BF16__)
   if constexpr (M::steps == 2) {
-    if (keys % 2 == 0 && channels % (2 * lanes) == 0) {
-      decode_values<M, BFloat16Rows>(
-          problem, panel, steps, value_rows.data, 2 * value_rows.row * sizeof(Io), scores,
-          next_value);
+    if (keys % 2 == 0) {
+      const Broadcast as_given{value_rows.data, {2, 4 * value_rows.row}};
+      decode_values<M, BFloat16Rows>(problem, panel, steps, as_given, scores, next_value);
       return;
     }
   }
 #endif
   const auto value = by_key<M>(value_rows, keys, channels, scratch.value);
-  decode_values<M, M>(problem, panel, steps, value.data, value.strides.step, scores, next_value);
+  decode_values<M, M>(problem, panel, steps, value, scores, next_value);
 }
 
 #endif

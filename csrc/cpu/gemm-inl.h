@@ -40,6 +40,16 @@ struct BFloat16Pairs {
 /// The same where B is a matrix of bfloat16, two of whose rows are paired when they are loaded: for
 /// so few rows of A that it would cost more to write the pairs first.
 struct BFloat16Rows : BFloat16Pairs {};
+
+/// Sixteen channels of two rows as (even[c], odd[c]) each.
+inline __attribute__((always_inline)) Vector<uint32_t> pair_channels(
+    const BFloat16* even, const BFloat16* odd) {
+  const auto low =
+      _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(even)));
+  const auto high =
+      _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(odd)));
+  return (Vector<uint32_t>)_mm512_or_si512(low, _mm512_slli_epi32(high, 16));
+}
 #endif
 
 /// Whether B is BFloat16Rows.
@@ -102,17 +112,9 @@ inline __attribute__((always_inline)) void load_step(
   using Operand = typename M::Operand;
 #if defined(__AVX512BF16__)
   if constexpr (kPairsRows<M>) {
-    static_assert(vectors == 2);
-    alignas(64) static constexpr uint16_t order[64] = {
-        0,  32, 1,  33, 2,  34, 3,  35, 4,  36, 5,  37, 6,  38, 7,  39, 8,  40, 9,  41, 10, 42,
-        11, 43, 12, 44, 13, 45, 14, 46, 15, 47, 16, 48, 17, 49, 18, 50, 19, 51, 20, 52, 21, 53,
-        22, 54, 23, 55, 24, 56, 25, 57, 26, 58, 27, 59, 28, 60, 29, 61, 30, 62, 31, 63};
-    const auto even = _mm512_loadu_si512(b);
-    const auto odd = _mm512_loadu_si512(reinterpret_cast<const char*>(b) + 2 * b_step);
-    for (int j = 0; j < 2; ++j) {
-      const auto chosen = _mm512_load_si512(order + 32 * j);
-      operand[j] = (Vector<uint32_t>)_mm512_permutex2var_epi16(even, chosen, odd);
-    }
+    const auto* even = reinterpret_cast<const BFloat16*>(b);
+#pragma GCC unroll 8
+    for (int j = 0; j < vectors; ++j, even += 16) operand[j] = pair_channels(even, even + b_step);
     return;
   }
 #endif

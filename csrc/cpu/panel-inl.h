@@ -252,13 +252,7 @@ Broadcast by_channel(const KeyRows<Io>& keys, int64_t count, int64_t channels, v
 inline void interleave(
     const BFloat16* even, const BFloat16* odd, int64_t stride, int64_t count, uint32_t* to) {
   int64_t c = 0;
-  for (; stride == 1 && c + 16 <= count; c += 16) {
-    const auto low =
-        _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(even + c)));
-    const auto high =
-        _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(odd + c)));
-    _mm512_storeu_si512(to + c, _mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
-  }
+  for (; stride == 1 && c + 16 <= count; c += 16) store(to + c, pair_channels(even + c, odd + c));
   for (; c < count; ++c) {
     to[c] = even[c * stride].bits | static_cast<uint32_t>(odd[c * stride].bits) << 16;
   }
