@@ -112,6 +112,7 @@ inline __attribute__((always_inline)) void load_step(
   using Operand = typename M::Operand;
 #if defined(__AVX512BF16__)
   if constexpr (kPairsRows<M>) {
+    // A step is two rows of half an operand each channel, so that b_step is one row's.
     const auto* even = reinterpret_cast<const BFloat16*>(b);
 #pragma GCC unroll 8
     for (int j = 0; j < vectors; ++j, even += 16) operand[j] = pair_channels(even, even + b_step);

@@ -199,9 +199,9 @@ class Engine {
     for (int64_t i = 0; i < items; ++i) f_.local_gradient_item(work, i, scratch.data());
     by_data_.resize(data_.size());
     for (size_t i = 0; i < copies.size(); ++i) by_data_[i % data_.size()] += copies[i];
+    by_inverse_.resize(kHeads * kChannels);
     for (int64_t i = 0; i < items * kChannels; ++i) {
       const int64_t head = i / kChannels / work.row_splits, at = head * kChannels + i % kChannels;
-      by_inverse_.resize(kHeads * kChannels);
       // dh = -dh^-1 / h^-2
       by_inverse_[at] -= bandwidth[i] / std::pow(static_cast<double>(inverse_[at]), 2);
     }
