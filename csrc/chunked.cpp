@@ -16,8 +16,12 @@ namespace {
 
 using torch::autograd::variable_list;
 
-/// Elements that one call of the formula may hold at a time, operands' slices included.
-constexpr int64_t kBudget = int64_t{1} << 21;
+/// Elements that one call of the formula may hold at a time, operands' slices included: on a CPU
+/// what its caches hold, elsewhere enough to fill a device with each call.
+int64_t budget(const Problem& problem) {
+  const bool on_cpu = problem.operands.front().tensor.is_cpu();
+  return int64_t{1} << (on_cpu ? 21 : 25);
+}
 
 int64_t product(at::IntArrayRef sizes) {
   return std::accumulate(sizes.begin(), sizes.end(), int64_t{1}, std::multiplies<>());
@@ -80,10 +84,10 @@ Chunk chunk_size(const Problem& problem) {
   const auto fitting = [](int64_t budget, int64_t each, int64_t all) {
     return std::clamp<int64_t>(budget / std::max<int64_t>(each, 1), 1, std::max<int64_t>(all, 1));
   };
-  const auto batches = product(problem.batch_shape);
+  const auto batches = product(problem.batch_shape), all = budget(problem);
   Chunk size{0, 1, 0, 1, 0, 0};
   const auto row = problem.groups * problem.row_elements;
-  size.rows = fitting(kBudget, row, problem.rows);
+  size.rows = fitting(all, row, problem.rows);
   if (size.rows < problem.rows) return size;
   const auto head = row * problem.rows + problem.head_elements;
   const bool flat =
@@ -91,9 +95,9 @@ Chunk chunk_size(const Problem& problem) {
         return !operand.tensor.defined() ||
                has_flat_batch(aligned(operand.tensor, problem), problem.batch_shape);
       });
-  if (flat) size.batches = fitting(kBudget, head, batches);
+  if (flat) size.batches = fitting(all, head, batches);
   if (size.batches < batches) return size;
-  size.heads = fitting(kBudget, head * batches, problem.heads);
+  size.heads = fitting(all, head * batches, problem.heads);
   return size;
 }
 
@@ -104,11 +108,10 @@ void for_each_chunk(const Problem& problem, const Visit& visit) {
   for (int64_t head = 0; head < problem.heads; head += size.heads) {
     for (int64_t batch = 0; batch < batches; batch += size.batches) {
       for (int64_t row = 0; row < problem.rows; row += size.rows) {
-        visit(
-            Chunk{
-                batch, std::min(size.batches, batches - batch), head,
-                std::min(size.heads, problem.heads - head), row,
-                std::min(size.rows, problem.rows - row)});
+        visit(Chunk{
+            batch, std::min(size.batches, batches - batch), head,
+            std::min(size.heads, problem.heads - head), row,
+            std::min(size.rows, problem.rows - row)});
       }
     }
   }

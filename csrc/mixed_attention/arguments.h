@@ -52,6 +52,11 @@ Gradients call_backward(
     const std::array<Tensor, 3>& grads, const Arguments& args, const Forward& forward,
     OutputMask output_mask);
 
+/// Portable path, for checked arguments.
+Forward forward_portable(const Arguments& args, bool for_backward);
+Gradients backward_portable(
+    const std::array<Tensor, 3>& grads, const Arguments& args, OutputMask output_mask);
+
 /// Portable path: gradients of <second_order, backward(grads, args)> with respect to the three
 /// incoming gradients and the differentiable arguments, in that order.
 std::vector<Tensor> double_backward(

@@ -1,4 +1,6 @@
 #include <ATen/core/LegacyTypeDispatch.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
 #include "differentiate.h"
@@ -85,6 +87,22 @@ class Backward : public torch::autograd::Function<Backward> {
   }
 };
 
+/// The gradients of output, self_lse and memory_lse, with zeros for what nothing depends on. On
+/// CUDA an empty tensor says that a log-sum-exp's gradient is 0, which saves its share of the work
+/// there.
+std::array<Tensor, 3> incoming(
+    const variable_list& grads, const Arguments& args, const std::array<Tensor, 3>& outputs) {
+  std::array<Tensor, 3> filled;
+  for (size_t i = 0; i < 3; ++i) {
+    const auto options = i == 0 ? args.query.options() : outputs[i].options();
+    const bool brief = i > 0 && args.query.is_cuda() && !c10::GradMode::is_enabled();
+    filled[i] = grads[i].defined() ? grads[i]
+                : brief            ? at::empty({0}, options)
+                                   : at::zeros_symint(outputs[i].sym_sizes(), options);
+  }
+  return filled;
+}
+
 /// output, self_lse, memory_lse. Saves the arguments, the log-sum-exps and what the rule's backward
 /// reads: the joint output, or for the gate the outputs over each side.
 class Attention : public torch::autograd::Function<Attention> {
@@ -101,6 +119,7 @@ class Attention : public torch::autograd::Function<Attention> {
     const auto kept_output = args.joint() ? output : Tensor();
     saved.insert(saved.end(), {kept_output, self_lse, memory_lse, self_output, memory_output});
     ctx->save_for_backward(std::move(saved));
+    ctx->set_materialize_grads(false);
     return {output, self_lse, memory_lse};
   }
 
@@ -112,7 +131,8 @@ class Attention : public torch::autograd::Function<Attention> {
     const auto& output = kept[0].defined() ? kept[0] : kept[3];
     const auto needed = needed_gradients(ctx, differentiable(args));
     const auto gradients = call_backward(
-        {grads[0], grads[1], grads[2]}, args, {output, kept[1], kept[2], kept[3], kept[4]}, needed);
+        incoming(grads, args, {output, kept[1], kept[2]}), args,
+        {output, kept[1], kept[2], kept[3], kept[4]}, needed);
     return list_of(gradients, needed);
   }
 };

@@ -130,7 +130,7 @@ Problem problem_of(const Arguments& args) {
   return problem;
 }
 
-Forward forward_portable(
+Forward portable_forward_op(
     const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& memory_key,
     const Tensor& memory_value, const Tensor& mix, std::string_view rule,
     const OptionalTensor& attn_mask, const OptionalTensor& memory_mask,
@@ -140,8 +140,30 @@ Forward forward_portable(
                        mix,       rule, attn_mask, memory_mask, memory_index,
                        dropout_p, seed, is_causal, scale,       enable_gqa};
   check(args);
+  return forward_portable(args, for_backward);
+}
+
+Gradients portable_backward_op(
+    const Tensor& grad_output, const Tensor& grad_self_lse, const Tensor& grad_memory_lse,
+    const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& memory_key,
+    const Tensor& memory_value, const Tensor& mix, std::string_view rule,
+    const OptionalTensor& attn_mask, const OptionalTensor& memory_mask,
+    const OptionalTensor& memory_index, double dropout_p, const OptionalTensor& seed,
+    bool is_causal, std::optional<double> scale, bool enable_gqa, const Tensor& /*output*/,
+    const Tensor& /*self_lse*/, const Tensor& /*memory_lse*/, const Tensor& /*self_output*/,
+    const Tensor& /*memory_output*/, std::array<bool, 8> output_mask) {
+  const Arguments args{query,     key,  value,     memory_key,  memory_value,
+                       mix,       rule, attn_mask, memory_mask, memory_index,
+                       dropout_p, seed, is_causal, scale,       enable_gqa};
+  return backward_portable({grad_output, grad_self_lse, grad_memory_lse}, args, output_mask);
+}
+
+}  // namespace
+
+Forward forward_portable(const Arguments& args, bool for_backward) {
+  const auto& query = args.query;
   at::DimVector rows(query.sizes().begin(), query.sizes().end() - 1), wide = rows;
-  wide.push_back(value.size(-1));
+  wide.push_back(args.value.size(-1));
   const auto lse_options = query.options().dtype(wide_dtype(query));
   const auto output = at::empty(wide, query.options());
   const auto self_lse = at::empty(rows, lse_options), memory_lse = at::empty(rows, lse_options);
@@ -157,29 +179,16 @@ Forward forward_portable(
 }
 
 Gradients backward_portable(
-    const Tensor& grad_output, const Tensor& grad_self_lse, const Tensor& grad_memory_lse,
-    const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& memory_key,
-    const Tensor& memory_value, const Tensor& mix, std::string_view rule,
-    const OptionalTensor& attn_mask, const OptionalTensor& memory_mask,
-    const OptionalTensor& memory_index, double dropout_p, const OptionalTensor& seed,
-    bool is_causal, std::optional<double> scale, bool enable_gqa, const Tensor& /*output*/,
-    const Tensor& /*self_lse*/, const Tensor& /*memory_lse*/, const Tensor& /*self_output*/,
-    const Tensor& /*memory_output*/, std::array<bool, 8> output_mask) {
-  const Arguments args{query,     key,  value,     memory_key,  memory_value,
-                       mix,       rule, attn_mask, memory_mask, memory_index,
-                       dropout_p, seed, is_causal, scale,       enable_gqa};
+    const std::array<Tensor, 3>& grads, const Arguments& args, OutputMask output_mask) {
   std::vector<bool> needed(output_mask.begin(), output_mask.end());
   needed.push_back(false);  // memory_index
   auto g = chunked::backward(
-      problem_of(args), {grad_output, grad_self_lse.unsqueeze(-1), grad_memory_lse.unsqueeze(-1)},
-      needed);
+      problem_of(args), {grads[0], grads[1].unsqueeze(-1), grads[2].unsqueeze(-1)}, needed);
   for (auto& gradient : g) {
-    if (!gradient.defined()) gradient = at::empty({0}, query.options());
+    if (!gradient.defined()) gradient = at::empty({0}, args.query.options());
   }
   return {g[0], g[1], g[2], g[3], g[4], g[5], g[6], g[7]};
 }
-
-}  // namespace
 
 std::vector<Tensor> double_backward(
     const Arguments& args, const std::array<Tensor, 3>& grads,
@@ -200,8 +209,8 @@ std::vector<Tensor> double_backward(
 }
 
 TORCH_LIBRARY_IMPL(mixhead, CompositeExplicitAutograd, m) {
-  m.impl("_mixed_attention_forward", forward_portable);
-  m.impl("_mixed_attention_backward", backward_portable);
+  m.impl("_mixed_attention_forward", portable_forward_op);
+  m.impl("_mixed_attention_backward", portable_backward_op);
 }
 
 }  // namespace mixhead::mixed
