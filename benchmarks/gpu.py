@@ -150,12 +150,16 @@ def flex(q, k, v, mk, mv, mix):
     return compiled(q, keys, values, score_mod=score)
 
 
+# Rule, what one would write instead, goals of forward and of forward + backward.
+RULES = (("gate", two_sdpa, (1.0, 1.05)), ("joint", concatenated, (2, 2.5)))
+
+
 def dense(bench, quick):
     for d in (64, 128):
         shape = (2, 2, 64, 128, d) if quick else (8, 16, 2048, 8192, d)
         for gradients in (False, True):
             inputs = inputs_of(bench, shape, torch.bfloat16, gradients)
-            for rule, peer, goals in (("gate", two_sdpa, (1.0, 1.05)), ("joint", concatenated, (2, 2.5))):  # fmt: skip
+            for rule, peer, goals in RULES:
 
                 def ours(inputs=inputs, rule=rule):
                     return mixhead.mixed_attention(*inputs, rule=rule)
@@ -175,7 +179,8 @@ def dense(bench, quick):
                 with nullcontext() if gradients else torch.no_grad():
                     bench.row(work, step(ours), peers, goals[gradients])
                     if rule == "joint" and not quick:
-                        bench.row(work + ", FlexAttention", step(ours), {"flex": step(joint_by_flex)}, 1.1)  # fmt: skip
+                        peers = {"flex": step(joint_by_flex)}
+                        bench.row(work + ", FlexAttention", step(ours), peers, 1.1)
 
 
 def single_precision(bench, quick):
@@ -233,7 +238,9 @@ def memory(bench, quick):
     torch.cuda.synchronize()
     extra = torch.cuda.max_memory_allocated() - before
     bench.rows.append({"work": "memory of a training step, batch 32", "ratio": extra / size})
-    print(f"training step, batch 32, shared memory: {extra / size:.2f} times the inputs in addition")
+    print(
+        f"training step, batch 32, shared memory: {extra / size:.2f} times the inputs in addition"
+    )
 
 
 def kernels(bench, quick):
@@ -242,7 +249,9 @@ def kernels(bench, quick):
         q, k, v = tensors(bench, [(1, 1, n, 64)] * 3, torch.float32, gradients)
 
         def ours(q=q, k=k, v=v):
-            return mixhead.kernel_attention(q, k, v, torch.full((), 8.0, device=q.device), "gaussian")
+            return mixhead.kernel_attention(
+                q, k, v, torch.full((), 8.0, device=q.device), "gaussian"
+            )
 
         def theirs(q=q, k=k, v=v):
             return torch.softmax(-torch.cdist(q, k).square() / 128, -1) @ v

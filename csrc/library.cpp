@@ -17,8 +17,8 @@ TORCH_LIBRARY(mixhead, m) {
   // What autograd calls below mixed_attention. The seed makes dropout a pure function. With
   // for_backward the last two are what the backward reads, in the dtype of the log-sum-exps, as a
   // rounded output would cost the gradients precision: for the gate the outputs over each side
-  // alone; for "joint", where output is rounded, self_output is output before rounding. Otherwise
-  // they are empty.
+  // alone; for "joint", where output is rounded, self_output is output before rounding (composed on
+  // CUDA: the memory's output). Otherwise they are empty.
   m.def(
       "_mixed_attention_forward(Tensor query, Tensor key, Tensor value, Tensor memory_key, "
       "Tensor memory_value, Tensor mix, str rule, Tensor? attn_mask, Tensor? memory_mask, "

@@ -57,7 +57,9 @@ def test_against_reference(sample, dtype):
         tensor.requires_grad_()
     expected, expected_grads = reference_gradients(tensors, options)
     scale = 20.0 if sample.magnitude > 1 else 1.0
-    for name, got, want in zip(("output", "self_lse", "memory_lse"), outputs, expected, strict=True):
+    for name, got, want in zip(
+        ("output", "self_lse", "memory_lse"), outputs, expected, strict=True
+    ):
         assert_near(got, want, dtype, name, scale)
     for name, grad in grads.items():
         assert_near(grad, expected_grads[name], dtype, f"gradient of {name}", scale)
