@@ -33,22 +33,20 @@ inline __attribute__((always_inline)) Vector<T> sqrt(Vector<T> x) {
 
 // A kernel is K = factor(t) exp(exponent(t)) of a coordinate t of the similarity x: the scaled
 // product of query and key for dot and cosine, u^2 for the others. dK/dx = slope(t)
-// exp(exponent(t)), which is 0 at a cusp. A `plain` kernel has no exponential, so that its sums
-// need no running maximum; a `compact` one is 0 where u > 1; of a `bounded` one no exponent is
-// above 0. NaN stays NaN.
-template <class T>
+// exp(exponent(t)), which is 0 at a cusp. Its traits are those of kernel.h. NaN stays NaN.
+template <class T, Kernel kernel>
 struct KernelOf {
   using V = Vector<T>;
-  static constexpr bool plain = false, compact = false, bounded = true;
+  static constexpr bool plain = traits(kernel).plain, compact = traits(kernel).compact;
+  static constexpr bool bounded = traits(kernel).bounded;
   static V coordinate(V x) { return x; }
   static V exponent(V) { return V{}; }
 };
 
 /// exp(x): dot and cosine.
 template <class T>
-struct ProductKernel : KernelOf<T> {
+struct ProductKernel : KernelOf<T, Kernel::dot> {
   using V = Vector<T>;
-  static constexpr bool bounded = false;
   static V exponent(V t) { return t; }
   static V factor(V) { return V{} + T(1); }
   static V slope(V) { return V{} + T(1); }
@@ -56,7 +54,7 @@ struct ProductKernel : KernelOf<T> {
 
 /// exp(-u^2 / 2)
 template <class T>
-struct GaussianKernel : KernelOf<T> {
+struct GaussianKernel : KernelOf<T, Kernel::gaussian> {
   using V = Vector<T>;
   static V exponent(V t) { return t * T(-0.5); }
   static V factor(V) { return V{} + T(1); }
@@ -65,7 +63,7 @@ struct GaussianKernel : KernelOf<T> {
 
 /// exp(-u); d/du^2 = -exp(-u) / 2u
 template <class T>
-struct LaplacianKernel : KernelOf<T> {
+struct LaplacianKernel : KernelOf<T, Kernel::laplacian> {
   using V = Vector<T>;
   static V coordinate(V x) { return sqrt<T>(x); }
   static V exponent(V t) { return -t; }
@@ -75,7 +73,7 @@ struct LaplacianKernel : KernelOf<T> {
 
 /// (1 + t) exp(-t), t = sqrt(3) u; d/du^2 = -3/2 exp(-t)
 template <class T>
-struct Matern32Kernel : KernelOf<T> {
+struct Matern32Kernel : KernelOf<T, Kernel::matern32> {
   using V = Vector<T>;
   static V coordinate(V x) { return sqrt<T>(x * T(3)); }
   static V exponent(V t) { return -t; }
@@ -85,7 +83,7 @@ struct Matern32Kernel : KernelOf<T> {
 
 /// (1 + t + t^2 / 3) exp(-t), t = sqrt(5) u; d/du^2 = -5/6 (1 + t) exp(-t)
 template <class T>
-struct Matern52Kernel : KernelOf<T> {
+struct Matern52Kernel : KernelOf<T, Kernel::matern52> {
   using V = Vector<T>;
   static V coordinate(V x) { return sqrt<T>(x * T(5)); }
   static V exponent(V t) { return -t; }
@@ -95,18 +93,16 @@ struct Matern52Kernel : KernelOf<T> {
 
 /// 1 / (1 + u^2)
 template <class T>
-struct CauchyKernel : KernelOf<T> {
+struct CauchyKernel : KernelOf<T, Kernel::cauchy> {
   using V = Vector<T>;
-  static constexpr bool plain = true;
   static V factor(V t) { return T(1) / (t + T(1)); }
   static V slope(V t) { return -factor(t) * factor(t); }
 };
 
 /// max(0, 1 - u^2)
 template <class T>
-struct EpanechnikovKernel : KernelOf<T> {
+struct EpanechnikovKernel : KernelOf<T, Kernel::epanechnikov> {
   using V = Vector<T>;
-  static constexpr bool plain = true, compact = true;
   static V factor(V t) { return t >= T(1) ? V{} : T(1) - t; }
   static V slope(V t) { return t >= T(1) ? V{} : V{} + T(-1); }
 };
@@ -114,9 +110,8 @@ struct EpanechnikovKernel : KernelOf<T> {
 /// max(0, 1 - u^3)^3; d/du^2 = -9/2 u (1 - u^3)^2. 1 - u^3 = (1 - u^2) (1 + u^2 / (1 + u)), which
 /// loses nothing near u = 1.
 template <class T>
-struct TricubeKernel : KernelOf<T> {
+struct TricubeKernel : KernelOf<T, Kernel::tricube> {
   using V = Vector<T>;
-  static constexpr bool plain = true, compact = true;
   static V rest(V t) { return t >= T(1) ? V{} : (T(1) - t) * (t / (sqrt<T>(t) + T(1)) + T(1)); }
   static V factor(V t) { return rest(t) * rest(t) * rest(t); }
   static V slope(V t) { return T(-4.5) * sqrt<T>(t) * rest(t) * rest(t); }
@@ -124,9 +119,8 @@ struct TricubeKernel : KernelOf<T> {
 
 /// 1 where u <= 1
 template <class T>
-struct BoxcarKernel : KernelOf<T> {
+struct BoxcarKernel : KernelOf<T, Kernel::boxcar> {
   using V = Vector<T>;
-  static constexpr bool plain = true, compact = true;
   static V factor(V t) { return t > T(1) ? V{} : t * T(0) + T(1); }
   static V slope(V) { return V{}; }
 };
@@ -135,25 +129,13 @@ struct BoxcarKernel : KernelOf<T> {
 template <class T, class F>
 auto with_kernel(Kernel kernel, const F& f) {
   switch (kernel) {
-    case Kernel::gaussian:
-      return f.template operator()<GaussianKernel<T>>();
-    case Kernel::laplacian:
-      return f.template operator()<LaplacianKernel<T>>();
-    case Kernel::matern32:
-      return f.template operator()<Matern32Kernel<T>>();
-    case Kernel::matern52:
-      return f.template operator()<Matern52Kernel<T>>();
-    case Kernel::cauchy:
-      return f.template operator()<CauchyKernel<T>>();
-    case Kernel::epanechnikov:
-      return f.template operator()<EpanechnikovKernel<T>>();
-    case Kernel::tricube:
-      return f.template operator()<TricubeKernel<T>>();
-    case Kernel::boxcar:
-      return f.template operator()<BoxcarKernel<T>>();
-    default:
-      return f.template operator()<ProductKernel<T>>();
+#define MIXHEAD_KERNEL(name, function, distance, compact, plain, bounded) \
+  case Kernel::name:                                                      \
+    return f.template operator()<function##Kernel<T>>();
+    MIXHEAD_KERNELS(MIXHEAD_KERNEL)
+#undef MIXHEAD_KERNEL
   }
+  __builtin_unreachable();
 }
 
 }  // namespace

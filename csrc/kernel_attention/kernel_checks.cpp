@@ -32,11 +32,9 @@ void names(const char* op, const Tensor& query, const c10::List<std::string>& ke
       "kernel must be one name or one for each of query's ", query.sym_size(-3), " heads, got ",
       count);
   for (const std::string& name : kernel) {
-    std::string known;
-    for (const auto& each : kKernelNames) known += (known.empty() ? "" : ", ") + std::string(each);
     MIXHEAD_CHECK(
-        kernel_named(name).has_value(), op, "kernel must be one of ", known, ", got \"", name,
-        "\"");
+        kernel_named(name).has_value(), op, "kernel must be one of ", kernel_names(), ", got \"",
+        name, "\"");
   }
 }
 

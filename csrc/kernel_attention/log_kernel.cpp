@@ -53,9 +53,11 @@ Tensor log_of_squared_distance(Kernel kernel, const Tensor& u2) {
       return compact((-inside(u2 * u.masked_fill(at_zero, 0.0))).log1p() * 3.0);
     case Kernel::boxcar:
       return (u2.detach() * 0.0).masked_fill(u2 > 1.0, -kInfinity);
-    default:
-      TORCH_INTERNAL_ASSERT(false, "not a distance kernel");
+    case Kernel::dot:
+    case Kernel::cosine:
+      break;
   }
+  TORCH_INTERNAL_ASSERT(false, "not a distance kernel");
 }
 
 Tensor log_kernel(Kernel kernel, const Tensor& query, const Tensor& key, const Tensor& bandwidth) {
@@ -118,7 +120,7 @@ std::vector<Kernel> kernels_named(const c10::List<std::string>& names) {
   return kernels;
 }
 
-bool is_distance(Kernel kernel) { return kernel != Kernel::dot && kernel != Kernel::cosine; }
+bool is_distance(Kernel kernel) { return traits(kernel).distance; }
 
 Tensor bandwidth_operand(const Tensor& bandwidth) {
   if (!bandwidth.defined()) return bandwidth;

@@ -13,10 +13,6 @@ namespace {
 
 using engine::allocate;
 
-bool is_compact(Kernel kernel) {
-  return kernel == Kernel::epanechnikov || kernel == Kernel::tricube || kernel == Kernel::boxcar;
-}
-
 /// 1 / h as (query heads, channels), in float64.
 Tensor inverse_bandwidth(const Arguments& args) {
   const auto heads = args.query.size(-3), channels = args.query.size(-1);
@@ -62,7 +58,7 @@ Plain::Plain(const Arguments& args)
   bool compact = false;
   for (const std::string& name : args.kernel) kernels_.push_back(*kernel_named(name));
   kernels_.resize(heads, kernels_[0]);
-  for (const auto kernel : kernels_) compact |= is_compact(kernel);
+  for (const auto kernel : kernels_) compact |= traits(kernel).compact;
   regression_.kernel = kernels_.data();
   const auto inverse = inverse_bandwidth(args);
   inverse_ = inverse.to(accumulator_);

@@ -27,8 +27,8 @@ void KernelMultiheadAttentionImpl::check_kernel() const {
       "kernel must be one name or one for each of ", options.num_heads(), " heads, got ", count);
   for (const std::string& kernel : options.kernel()) {
     std::string known;
-    for (const auto& name : kKernelNames) {
-      known += (known.empty() ? "'" : ", '") + std::string(name) + "'";
+    for (const auto& each : kKernels) {
+      known += (known.empty() ? "'" : ", '") + std::string(each.name) + "'";
     }
     TORCH_CHECK(
         kernel_named(kernel), layer, "kernel must be one of ", known, ", got '", kernel, "'");

@@ -1,4 +1,4 @@
-"""The names of the kernels, as csrc/kernel_attention/kernels.h has them."""
+"""The names of the kernels, as csrc/cpu/kernel.h has them."""
 
 KERNELS = (
     "dot", "cosine", "gaussian", "laplacian", "matern32", "matern52", "cauchy", "epanechnikov",
