@@ -110,10 +110,11 @@ class Engine {
   }
 
   /// The least squares of the rows as a function of their moments.
-  chunked::Problem least_squares(const ChunkMoments& moments) const {
+  chunked::Problem least_squares(const cpu::Chunk& chunk, const ChunkMoments& moments) const {
     chunked::Problem problem(
         moments.mean, moments.mean.size(-3), channels_ * (4 * channels_ + 2 * wide_), 0);
-    for (const auto& each : {moments.mean, moments.second, moments.log_mass}) {
+    const auto query = regression_.query.narrow(-2, chunk.first_row, chunk.rows);
+    for (const auto& each : {moments.mean, moments.second, moments.log_mass, query}) {
       problem.operands.push_back({each, chunked::Axes::query});
     }
     problem.formula = [d = channels_, wide = wide_, ridge = ridge_](
@@ -124,7 +125,8 @@ class Engine {
           {.mean = mean.narrow(-1, 0, d).unsqueeze(-1),
            .covariance = second.narrow(-1, 0, d),
            .value = mean.narrow(-1, d, wide - d).unsqueeze(-2),
-           .cross = second.narrow(-1, d, wide - d)},
+           .cross = second.narrow(-1, d, wide - d),
+           .query = in[3].unsqueeze(-1)},
           in[2], at::zeros_like(in[2]), ridge);
     };
     return problem;
@@ -229,7 +231,7 @@ Forward forward_cpu(
   const auto rows = as_rows(outputs);
   Engine engine(args);
   engine.for_each_chunk([&](const cpu::Chunk& chunk) {
-    chunked::forward(engine.least_squares(engine.moments(chunk)), narrowed(rows, chunk));
+    chunked::forward(engine.least_squares(chunk, engine.moments(chunk)), narrowed(rows, chunk));
   });
   return {outputs[0], outputs[1], outputs[2], outputs[3]};
 }
@@ -249,8 +251,8 @@ Gradients backward_cpu(
   auto sums = engine.zero_gradients(output_mask);
   engine.for_each_chunk([&](const cpu::Chunk& chunk) {
     const auto moments = engine.moments(chunk);
-    const auto by_moments =
-        chunked::backward(engine.least_squares(moments), narrowed(rows, chunk), {true, true, true});
+    const auto by_moments = chunked::backward(
+        engine.least_squares(chunk, moments), narrowed(rows, chunk), {true, true, true, false});
     engine.add_gradients(chunk, moments, by_moments, sums);
   });
   Tensor by_data;

@@ -2,6 +2,7 @@
 
 #include <ATen/TensorOperators.h>
 #include <ATen/ops/empty.h>
+#include <ATen/ops/where.h>
 
 #include <limits>
 
@@ -19,10 +20,12 @@ std::vector<Tensor> fit(
     moments.covariance = with_ridge(moments.covariance, penalty.unsqueeze(-1));
   }
   const auto fitted = least_squares(moments);
-  // Far from all data it would be infinite, and its gradient NaN.
-  const auto largest = finite_mass.scalar_type() == at::kDouble ? 700.0 : 80.0;
+  // Far from all data it would be infinite, and long before that its gradient.
+  const bool is_double = finite_mass.scalar_type() == at::kDouble;
+  const auto log_leverage = log_at_query - finite_mass + fitted.inverse_corner.squeeze(-1).log();
+  const auto settled = log_leverage.detach().clamp_max(is_double ? 700.0 : 80.0);
   const auto leverage =
-      (log_at_query - finite_mass).clamp_max(largest).exp() * fitted.inverse_corner.squeeze(-1);
+      at::where(settled > (is_double ? 300.0 : 40.0), settled, log_leverage).exp();
   return {
       fitted.intercept.squeeze(-2), fitted.slope.flatten(-2), leverage.masked_fill(empty, 0.0),
       log_mass};

@@ -22,10 +22,27 @@ double epsilon(const Tensor& x) {
                                         : std::numeric_limits<float>::epsilon();
 }
 
+/// Eigenvalues of the correlation up to this part of the largest are rounding, and counted as 0:
+/// those of points that span fewer directions come out as several epsilon, on either side of 0.
+double cutoff(const Tensor& square) {
+  return 32.0 * epsilon(square) * static_cast<double>(square.size(-1));
+}
+
 Tensor identity_like(const Tensor& square) { return at::eye(square.size(-1), square.options()); }
 
 /// NaN gives NaN, not an error.
 Tensor inverted(const Tensor& square) { return std::get<0>(at::linalg_inv_ex(square)); }
+
+/// Spreads that are rounding: of the mean's distance from the query; of points beside the query,
+/// which lose no more than the rounding of a rounding; of numbers whose inverses squared overflow.
+Tensor rounding_of(const Moments& moments) {
+  const double each = epsilon(moments.mean), all = 32.0 * each;
+  const double least = moments.mean.scalar_type() == at::kDouble
+                           ? std::numeric_limits<double>::min()
+                           : std::numeric_limits<float>::min();
+  return moments.mean.abs() * all + moments.query.abs() * (all * std::sqrt(each)) +
+         1e7 * std::sqrt(least);
+}
 
 /// What is decided about a symmetric positive semidefinite matrix outside the graph.
 struct Spectrum {
@@ -40,7 +57,7 @@ Spectrum eigenvectors_of(const Tensor& correlation) {
   const auto [values, vectors] =
       at::linalg_eigh(at::where(finite, correlation, identity_like(correlation)));
   const auto largest = values.narrow(-1, values.size(-1) - 1, 1);
-  const auto null = values <= largest * (epsilon(values) * static_cast<double>(values.size(-1)));
+  const auto null = values <= largest * cutoff(correlation);
   const auto basis = vectors.masked_fill(null.logical_not().unsqueeze(-2), 0.0);
   const auto whitening = vectors * values.masked_fill(null, 1.0).rsqrt().unsqueeze(-2);
   const auto range = whitening.masked_fill(null.unsqueeze(-2), 0.0);
@@ -91,9 +108,10 @@ class PseudoInverse {
     whitened_ = inverted(at::matmul(at::matmul(whitening.transpose(-2, -1), shifted), whitening));
     if (!singular) return;
     // The covariance's null space is spanned by the columns of null / scale, which are not
-    // orthonormal.
+    // orthonormal. In the unit of the widest channel they are at least as long as those of null, so
+    // that what is inverted has no eigenvalue below 1, however narrow the window is.
     const auto identity = identity_like(null);
-    const auto basis = null / scale;
+    const auto basis = null * (scale.amax(-2, /*keepdim=*/true) / scale);
     const auto gram = at::matmul(basis.transpose(-2, -1), basis);
     beside_ =
         at::matmul(at::matmul(basis, inverted(gram + identity - null)), basis.transpose(-2, -1));
@@ -131,17 +149,20 @@ Tensor with_ridge(const Tensor& covariance, const Tensor& penalty) {
 // is differentiable, and its derivative right wherever the rank stays the same (Golub & Pereyra
 // 1973); W, a constant, makes what is inverted well conditioned.
 Fit least_squares(const Moments& moments) {
-  const auto& [mean, covariance, value, cross] = moments;
+  const auto &mean = moments.mean, &covariance = moments.covariance, &value = moments.value,
+             &cross = moments.cross;
   Tensor scale, constant;
   {
     c10::AutoGradMode no_grad(false);
     const auto spread = covariance.diagonal(0, -2, -1).unsqueeze(-1).clamp_min(0.0).sqrt();
-    const auto flat = spread <= mean.abs() * (32.0 * epsilon(mean));
-    scale = spread.masked_fill(flat, 1.0);
+    const auto flat = spread <= rounding_of(moments);
+    // A constant channel in the unit of the others, lest their null spaces mix.
+    const auto widest = spread.masked_fill(flat, 0.0).amax(-2, /*keepdim=*/true);
+    scale = at::where(flat, widest.masked_fill(widest == 0.0, 1.0), spread);
     constant = flat.logical_or(flat.transpose(-2, -1));
   }
   const auto correlation =
-      (covariance / (scale * scale.transpose(-2, -1))).masked_fill(constant, 0.0);
+      (covariance / scale / scale.transpose(-2, -1)).masked_fill(constant, 0.0);
   Spectrum decided;
   {
     c10::AutoGradMode no_grad(false);

@@ -13,6 +13,7 @@ struct Moments {
   Tensor covariance;  // (..., D, D): of x about its mean
   Tensor value;       // (..., 1, Dv): mean of v
   Tensor cross;       // (..., D, Dv): of x about its mean with v
+  Tensor query;       // (..., D, 1): what x is an offset from; tells rounding from spread
 };
 
 struct Fit {

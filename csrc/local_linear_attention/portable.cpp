@@ -50,8 +50,9 @@ Moments moments(
       .mean = mean.flatten(1, 2),
       .covariance = at::matmul(weighted, centred.transpose(-2, -1)).flatten(1, 2),
       .value = dense::weighted_sum(weights, value).unsqueeze(-2),
-      .cross = dense::weighted_sum(weighted.flatten(3, 4), value - level)
-                   .unflatten(2, {rows, channels})};
+      .cross =
+          dense::weighted_sum(weighted.flatten(3, 4), value - level).unflatten(2, {rows, channels}),
+      .query = query.unsqueeze(-1)};
 }
 
 /// (output, slope, leverage, log_mass) of one chunk, D and Dv of the slope in one dimension; in:

@@ -274,8 +274,8 @@ def local_linear_attention(
         The last two are in float32 (float64 for float64 input). All are differentiable, twice.
 
         Where the design is singular (fewer keys in the window than ``D + 1``, duplicated points, a
-        constant channel; judged relative to the spread of each channel, at the precision of the
-        sums) the minimum-norm (intercept, slope) is taken, that of `numpy.linalg.lstsq`, and the
+        constant channel; with channels scaled to spread 1, a direction whose spread is at most
+        ``sqrt(32 D eps)`` of the widest one's, ``eps`` that of the dtype of the sums) the minimum-norm (intercept, slope) is taken, that of `numpy.linalg.lstsq`, and the
         pseudo-inverse for the leverage. It is what it would be without the missing directions
         wherever the query lies in the affine hull of the keys in its window; elsewhere a small
         ``ridge`` keeps the intercept from shrinking. Derivatives are those at constant rank, the
