@@ -230,7 +230,7 @@ void local_gradient(const LocalGradient& work, int64_t number, void* memory) {
   for (int64_t c = 0; c < p.channels; ++c) squares[c] = 0;
   const int64_t unit = number / work.row_splits, split = number % work.row_splits;
   const int64_t head = unit % (p.key_heads * p.groups), key_unit = key_unit_of(p, unit);
-  const auto points = points_of<Acc>(r, head, key_unit);
+  const auto points = local_points<Acc>(r, head, key_unit);
   const auto loops = loops_of<Acc>(r.kernel[head], p.source[0].mask.kind == MaskKind::additive);
   const int64_t channels = p.channels, wide = p.value_channels, keys = p.source[0].keys;
   const int64_t key_units = f.units / p.groups;

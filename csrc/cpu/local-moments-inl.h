@@ -16,6 +16,14 @@
 namespace mixhead::cpu {
 namespace {
 
+/// Points are subtracted however many channels they have: u^2 is little beside D^2 moments.
+template <class Acc>
+Points<Acc> local_points(const Regression& r, int64_t head, int64_t key_unit) {
+  auto points = points_of<Acc>(r, head, key_unit);
+  points.form = Form::difference;
+  return points;
+}
+
 /// Calls f.operator()<n>(first) for the channels [begin, end) in tiles of at most four.
 template <class F>
 void for_tiles(int64_t begin, int64_t end, const F& f) {
@@ -221,7 +229,7 @@ void local_moments(const LocalMoments& work, int64_t number, void* memory) {
   MomentScratch<Acc> scratch(work, arena);
   auto& pass = scratch.first_pass;
   const int64_t unit = number / f.row_blocks, head = unit % (p.key_heads * p.groups);
-  const auto points = points_of<Acc>(r, head, key_unit_of(p, unit));
+  const auto points = local_points<Acc>(r, head, key_unit_of(p, unit));
   const auto loops = loops_of<Acc>(r.kernel[head], p.source[0].mask.kind == MaskKind::additive);
   const auto panel_of = [&](int64_t i) -> QueryPanel<Acc>& { return pass.panels[i].queries; };
   const int64_t panels = place_row_block(

@@ -3,8 +3,7 @@
 #include "cpu/regression.h"
 
 /// What local-linear regression needs of each query's window, on the engine: the mean and the
-/// covariance of its data x = (key, value), and their gradients. For kernels of a distance and few
-/// channels.
+/// covariance of its data x = (key, value), and their gradients. For kernels of a distance.
 ///
 /// The regression's values are the rows x, of `wide` = channels + the values' own channels. What is
 /// said of rows here is contiguous and in the accumulation dtype, (batch, heads, rows of the chunk,

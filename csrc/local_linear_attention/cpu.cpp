@@ -26,14 +26,14 @@ namespace {
 
 using engine::run_items;
 
-/// Channels up to which the engine subtracts points.
-constexpr int64_t kMostChannels = 8;
+/// Channels up to which a panel's moments, D (D + Dv) a row, are worth the engine.
+constexpr int64_t kMostChannels = 32;
 /// Numbers that the moments of one chunk of rows and what is derived from them may take.
 constexpr int64_t kBudget = int64_t{1} << 21;
 /// Multiply-adds below which a second thread costs more than it brings.
 constexpr int64_t kSerialWork = int64_t{1} << 19;
 
-/// Whether the engine can: kernels of a distance, few channels, anything to do at all.
+/// Whether the engine can: kernels of a distance, not too many channels, anything to do at all.
 bool suits_engine(const Arguments& args) {
   const auto kernels = kernels::kernels_named(args.kernel);
   return args.query.size(-1) <= kMostChannels && args.query.numel() > 0 && args.key.numel() > 0 &&
