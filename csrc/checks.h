@@ -1,11 +1,14 @@
 #pragma once
 
 #include <ATen/core/Tensor.h>
+#include <c10/core/impl/TorchDispatchModeTLS.h>
 #include <c10/util/Exception.h>
 
 #include <initializer_list>
 #include <sstream>
 #include <string>
+
+#include "transforms.h"
 
 /// How an argument is judged and how the error reads:
 /// `op: argument must <what was expected>, got <what came>`.
@@ -163,7 +166,8 @@ inline void dropout(const char* op, double dropout_p) {
 
 /// Whether values can be read: a real tensor, not a shape under Meta, fake tensors or a trace.
 inline bool has_values(const Tensor& tensor) {
-  return !tensor.is_meta() && !tensor.unsafeGetTensorImpl()->is_python_dispatch() &&
+  return !transforms::active() && c10::impl::TorchDispatchModeTLS::stack_len() == 0 &&
+         !tensor.is_meta() && !tensor.unsafeGetTensorImpl()->is_python_dispatch() &&
          tensor.has_storage() && tensor.numel() > 0;
 }
 

@@ -228,6 +228,32 @@ Problem::Problem(
   if (batch_shape.empty()) batch_shape.push_back(1);
 }
 
+std::vector<Tensor> composite(const Problem& problem, const Tensor& query) {
+  c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
+  const auto batches = product(problem.batch_shape);
+  const auto batch_dims = static_cast<int64_t>(problem.batch_shape.size());
+  std::vector<Tensor> operands;
+  for (const auto& operand : problem.operands) {
+    operands.emplace_back();
+    if (!operand.tensor.defined()) continue;
+    auto tensor = aligned(operand.tensor, problem);
+    const auto rest = tensor.sizes().slice(batch_dims);
+    const bool shared = product(tensor.sizes().slice(0, batch_dims)) == 1;
+    at::DimVector all(problem.batch_shape), flat{shared ? 1 : batches};
+    all.append(rest.begin(), rest.end());
+    flat.append(rest.begin(), rest.end());
+    if (!shared) tensor = tensor.expand(all);
+    operands.back() = accumulable(tensor.reshape(flat), problem.accumulate);
+  }
+  auto results = problem.formula(operands, {0, batches, 0, problem.heads, 0, problem.rows});
+  for (auto& result : results) {
+    at::DimVector sizes(query.sizes().begin(), query.sizes().end() - 1);
+    sizes.push_back(result.size(-1));
+    result = result.reshape(sizes);
+  }
+  return results;
+}
+
 void forward(const Problem& problem, const std::vector<Tensor>& outputs) {
   c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
   const std::vector<bool> none(problem.operands.size(), false);

@@ -46,6 +46,10 @@ struct Problem {
   Formula formula;
 };
 
+/// The formula in one piece, in calls that PyTorch differentiates and transforms: its results as
+/// (B..., Hq, L, X), in the accumulation dtype.
+std::vector<Tensor> composite(const Problem& problem, const Tensor& query);
+
 /// Runs the formula and writes its results to `outputs`, (B..., Hq, L, X) each.
 void forward(const Problem& problem, const std::vector<Tensor>& outputs);
 

@@ -47,6 +47,9 @@ Gradients call_backward(
     const std::array<Tensor, 2>& grads, const Arguments& args, const Forward& forward,
     OutputMask output_mask);
 
+/// output, log_mass in calls that PyTorch transforms; dropout draws from its generator.
+Forward composite(const Arguments& args);
+
 /// Portable path: gradients of <second_order, backward(grads, args)> with respect to the two
 /// incoming gradients and the differentiable arguments, in that order.
 std::vector<Tensor> double_backward(

@@ -3,6 +3,7 @@
 
 #include "differentiate.h"
 #include "kernel_attention/arguments.h"
+#include "transforms.h"
 
 namespace mixhead::kernels {
 namespace {
@@ -121,6 +122,7 @@ Forward kernel_attention_autograd(
     bool normalize, std::string_view empty, double dropout_p, bool enable_gqa) {
   Arguments args{query,        key,       value, bandwidth, kernel,       attn_mask, is_causal,
                  exclude_self, normalize, empty, dropout_p, std::nullopt, enable_gqa};
+  if (transforms::wanted(differentiable(args))) return composite(args);
   if (!c10::GradMode::is_enabled() || !any_requires_grad(differentiable(args))) {
     at::AutoDispatchBelowADInplaceOrView guard;
     args.seed = draw_seed(dropout_p);
@@ -129,6 +131,16 @@ Forward kernel_attention_autograd(
   args.seed = draw_seed(dropout_p);
   const auto outputs = Attention::apply(query, key, value, bandwidth, attn_mask, args);
   return {outputs[0], outputs[1]};
+}
+
+/// Inside of vmap the vmapped dimension is one more of each operation.
+Forward kernel_attention_batched(
+    const Tensor& query, const Tensor& key, const Tensor& value, const OptionalTensor& bandwidth,
+    const Names& kernel, const OptionalTensor& attn_mask, bool is_causal, bool exclude_self,
+    bool normalize, std::string_view empty, double dropout_p, bool enable_gqa) {
+  return composite(
+      {query, key, value, bandwidth, kernel, attn_mask, is_causal, exclude_self, normalize, empty,
+       dropout_p, std::nullopt, enable_gqa});
 }
 
 Gradients backward_autograd(
@@ -157,6 +169,10 @@ Gradients backward_autograd(
 TORCH_LIBRARY_IMPL(mixhead, Autograd, m) {
   m.impl("kernel_attention", kernel_attention_autograd);
   m.impl("_kernel_attention_backward", backward_autograd);
+}
+
+TORCH_LIBRARY_IMPL(mixhead, FuncTorchBatched, m) {
+  m.impl("kernel_attention", kernel_attention_batched);
 }
 
 // Reached where autograd is out of play (inference mode, a trace below autograd).

@@ -1,4 +1,5 @@
 #include <ATen/TensorOperators.h>
+#include <ATen/ops/dropout.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/full.h>
 #include <ATen/ops/where.h>
@@ -32,6 +33,7 @@ struct Constants {
   int64_t query_heads, rows, keys;
   double dropout_p;
   int64_t seed;
+  bool transformed;
 };
 
 /// Scores with the keys that a query may not read at -inf, an additive mask added.
@@ -66,7 +68,9 @@ Tensors formula(
       log_kernels(constants.kernels, query, key, bandwidth, chunk), in[4], chunk, constants);
   auto [weights, grouped_mass] = dense::softmax(scores);
   const auto log_mass = grouped_mass.flatten(1, 2);
-  if (constants.dropout_p > 0.0 && scores.size(-1) > 0) {
+  if (constants.transformed) {
+    weights = at::dropout(weights, constants.dropout_p, constants.dropout_p > 0.0);
+  } else if (constants.dropout_p > 0.0 && scores.size(-1) > 0) {
     const auto rows = dense::row_numbers(query, chunk, constants.query_heads, constants.rows);
     weights = weights * dense::dropout_factors(
                             weights, dense::grouped(rows, key.size(1)), constants.seed, 0,
@@ -84,7 +88,7 @@ Tensors formula(
   return {output, log_mass};
 }
 
-Problem problem_of(const Arguments& args) {
+Problem problem_of(const Arguments& args, bool transformed = false) {
   Constants constants{
       .kernels = kernels_named(args.kernel),
       .is_causal = args.is_causal,
@@ -96,7 +100,8 @@ Problem problem_of(const Arguments& args) {
       .rows = args.query.size(-2),
       .keys = args.key.size(-2),
       .dropout_p = args.dropout_p,
-      .seed = args.seed ? args.seed->item<int64_t>() : 0};
+      .seed = args.seed ? args.seed->item<int64_t>() : 0,
+      .transformed = transformed};
   const bool distances =
       std::any_of(constants.kernels.begin(), constants.kernels.end(), is_distance);
   const auto channels = args.query.size(-1), depth = channels + args.value.size(-1);
@@ -151,6 +156,12 @@ Gradients backward_portable(
 }
 
 }  // namespace
+
+Forward composite(const Arguments& args) {
+  check(args);
+  const auto all = chunked::composite(problem_of(args, /*transformed=*/true), args.query);
+  return {all[0].to(args.query.scalar_type()), all[1].squeeze(-1)};
+}
 
 std::vector<Tensor> double_backward(
     const Arguments& args, const std::array<Tensor, 2>& grads,

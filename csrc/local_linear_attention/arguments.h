@@ -44,6 +44,9 @@ Forward call_forward(const Arguments& args);
 Gradients call_backward(const Grads& grads, const Arguments& args, OutputMask output_mask);
 
 /// The portable path; on the CPU for what its engine does not do.
+/// The outputs in calls that PyTorch transforms.
+Forward composite(const Arguments& args);
+
 Forward forward_portable(const Arguments& args);
 Gradients backward_portable(const Grads& grads, const Arguments& args, OutputMask output_mask);
 

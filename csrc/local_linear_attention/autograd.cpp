@@ -3,6 +3,7 @@
 
 #include "differentiate.h"
 #include "local_linear_attention/arguments.h"
+#include "transforms.h"
 
 namespace mixhead::local_linear {
 namespace {
@@ -104,12 +105,22 @@ Forward local_linear_attention_autograd(
     double ridge) {
   const Arguments args{query,     key,       value,        bandwidth, kernel,
                        attn_mask, is_causal, exclude_self, ridge};
+  if (transforms::wanted(differentiable(args))) return composite(args);
   if (!c10::GradMode::is_enabled() || !any_requires_grad(differentiable(args))) {
     at::AutoDispatchBelowADInplaceOrView guard;
     return call_forward(args);
   }
   const auto outputs = Attention::apply(query, key, value, bandwidth, attn_mask, args);
   return {outputs[0], outputs[1], outputs[2], outputs[3]};
+}
+
+/// Inside of vmap the vmapped dimension is one more of each operation.
+Forward batched(
+    const Tensor& query, const Tensor& key, const Tensor& value, const OptionalTensor& bandwidth,
+    const Names& kernel, const OptionalTensor& attn_mask, bool is_causal, bool exclude_self,
+    double ridge) {
+  return composite(
+      {query, key, value, bandwidth, kernel, attn_mask, is_causal, exclude_self, ridge});
 }
 
 Gradients backward_autograd(
@@ -138,6 +149,8 @@ TORCH_LIBRARY_IMPL(mixhead, Autograd, m) {
   m.impl("local_linear_attention", local_linear_attention_autograd);
   m.impl("_local_linear_attention_backward", backward_autograd);
 }
+
+TORCH_LIBRARY_IMPL(mixhead, FuncTorchBatched, m) { m.impl("local_linear_attention", batched); }
 
 // Reached where autograd is out of play (inference mode, a trace below autograd).
 TORCH_LIBRARY_IMPL(mixhead, CompositeExplicitAutograd, m) {

@@ -14,6 +14,8 @@
 #include <cmath>
 #include <limits>
 
+#include "transforms.h"
+
 namespace mixhead::local_linear {
 namespace {
 
@@ -71,6 +73,7 @@ Spectrum eigenvectors_of(const Tensor& correlation) {
 /// least 1 over the least eigenvalue. The others have their eigenvectors found. Where N = 0 nothing
 /// is asked of C^+.
 Spectrum spectrum(const Tensor& correlation) {
+  if (transforms::active()) return eigenvectors_of(correlation);  // no sizes by the data
   const auto factor = std::get<0>(at::linalg_cholesky_ex(correlation));
   const auto identity = identity_like(correlation);
   const auto whitening =
@@ -154,7 +157,7 @@ Fit least_squares(const Moments& moments) {
   Tensor scale, constant;
   {
     c10::AutoGradMode no_grad(false);
-    const auto spread = covariance.diagonal(0, -2, -1).unsqueeze(-1).clamp_min(0.0).sqrt();
+    const auto spread = covariance.detach().diagonal(0, -2, -1).unsqueeze(-1).clamp_min(0.0).sqrt();
     const auto flat = spread <= rounding_of(moments);
     // A constant channel in the unit of the others, lest their null spaces mix.
     const auto widest = spread.masked_fill(flat, 0.0).amax(-2, /*keepdim=*/true);
@@ -166,12 +169,13 @@ Fit least_squares(const Moments& moments) {
   Spectrum decided;
   {
     c10::AutoGradMode no_grad(false);
-    decided = spectrum(correlation.flatten(0, -3));
+    decided = spectrum(correlation.detach().flatten(0, -3));
     for (auto* each : {&decided.null, &decided.pseudo, &decided.whitening}) {
       *each = each->view(correlation.sizes());
     }
   }
-  const bool singular = decided.null.any().item<bool>();
+  // Which rows are singular cannot be read inside of vmap; the general form is right for all.
+  const bool singular = transforms::active() || decided.null.any().item<bool>();
   const auto null = singular ? moving(decided, correlation) : decided.null;
   const PseudoInverse inverse(correlation, scale, decided.whitening, null, singular);
 

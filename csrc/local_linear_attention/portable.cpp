@@ -118,6 +118,16 @@ Gradients backward_portable(const Grads& grads, const Arguments& args, OutputMas
   return {g[0], g[1], g[2], g[3], g[4]};
 }
 
+Forward composite(const Arguments& args) {
+  check(args);
+  const auto all = chunked::composite(problem_of(args), args.query);
+  const auto dtype = args.query.scalar_type();
+  const auto channels = args.query.size(-1), wide = args.value.size(-1);
+  return {
+      all[0].to(dtype), all[1].unflatten(-1, {channels, wide}).to(dtype), all[2].squeeze(-1),
+      all[3].squeeze(-1)};
+}
+
 std::vector<Tensor> double_backward(
     const Arguments& args, const Grads& grads,
     const std::array<Tensor, kDifferentiable>& second_order,

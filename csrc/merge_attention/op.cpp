@@ -66,6 +66,7 @@ std::tuple<Tensor, Tensor> merge(at::TensorList outputs, at::TensorList lses) {
 }  // namespace
 
 TORCH_LIBRARY_IMPL(mixhead, CompositeImplicitAutograd, m) { m.impl("merge_attention", merge); }
+TORCH_LIBRARY_IMPL(mixhead, FuncTorchBatched, m) { m.impl("merge_attention", merge); }
 
 std::tuple<at::Tensor, at::Tensor> merge_attention(at::TensorList outputs, at::TensorList lses) {
   using Signature = std::tuple<at::Tensor, at::Tensor>(at::TensorList, at::TensorList);

@@ -57,6 +57,9 @@ Forward forward_portable(const Arguments& args, bool for_backward);
 Gradients backward_portable(
     const std::array<Tensor, 3>& grads, const Arguments& args, OutputMask output_mask);
 
+/// output, self_lse, memory_lse in calls that PyTorch transforms; dropout draws from its generator.
+std::tuple<Tensor, Tensor, Tensor> composite(const Arguments& args);
+
 /// Portable path: gradients of <second_order, backward(grads, args)> with respect to the three
 /// incoming gradients and the differentiable arguments, in that order.
 std::vector<Tensor> double_backward(

@@ -5,6 +5,7 @@
 
 #include "differentiate.h"
 #include "mixed_attention/arguments.h"
+#include "transforms.h"
 
 namespace mixhead::mixed {
 namespace {
@@ -161,6 +162,7 @@ std::tuple<Tensor, Tensor, Tensor> mixed_attention_autograd(
   Arguments args{query,     key,          value,     memory_key,  memory_value,
                  mix,       rule,         attn_mask, memory_mask, memory_index,
                  dropout_p, std::nullopt, is_causal, scale,       enable_gqa};
+  if (transforms::wanted(differentiable(args))) return composite(args);
   if (!c10::GradMode::is_enabled() || !any_requires_grad(differentiable(args))) {
     at::AutoDispatchBelowADInplaceOrView guard;
     return mixed_attention_below_autograd(
@@ -171,6 +173,18 @@ std::tuple<Tensor, Tensor, Tensor> mixed_attention_autograd(
   const auto outputs = Attention::apply(
       query, key, value, memory_key, memory_value, mix, attn_mask, memory_mask, args);
   return {outputs[0], outputs[1], outputs[2]};
+}
+
+/// Inside of vmap the vmapped dimension is one more of each operation.
+std::tuple<Tensor, Tensor, Tensor> mixed_attention_batched(
+    const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& memory_key,
+    const Tensor& memory_value, const Tensor& mix, std::string_view rule,
+    const OptionalTensor& attn_mask, const OptionalTensor& memory_mask,
+    const OptionalTensor& memory_index, double dropout_p, bool is_causal,
+    std::optional<double> scale, bool enable_gqa) {
+  return composite(
+      {query, key, value, memory_key, memory_value, mix, rule, attn_mask, memory_mask, memory_index,
+       dropout_p, std::nullopt, is_causal, scale, enable_gqa});
 }
 
 Gradients backward_autograd(
@@ -205,6 +219,10 @@ Gradients backward_autograd(
 TORCH_LIBRARY_IMPL(mixhead, Autograd, m) {
   m.impl("mixed_attention", mixed_attention_autograd);
   m.impl("_mixed_attention_backward", backward_autograd);
+}
+
+TORCH_LIBRARY_IMPL(mixhead, FuncTorchBatched, m) {
+  m.impl("mixed_attention", mixed_attention_batched);
 }
 
 // Reached where autograd is out of play (inference mode, a trace below autograd).

@@ -1,5 +1,6 @@
 #include <ATen/TensorOperators.h>
 #include <ATen/ops/arange.h>
+#include <ATen/ops/dropout.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/sigmoid.h>
 #include <ATen/ops/where.h>
@@ -33,6 +34,7 @@ struct Constants {
   int64_t query_heads, rows, keys;
   double scale, dropout_p;
   int64_t seed;
+  bool transformed;
 };
 
 /// The dropped weights and the log-sum-exp (before dropout) of one side's masked scores.
@@ -40,7 +42,9 @@ std::pair<Tensor, Tensor> weights_of(
     const Tensor& scores, int64_t side, const Tensor& query, const Chunk& chunk,
     const Constants& constants) {
   auto [weights, lse] = dense::softmax(scores);
-  if (constants.dropout_p > 0.0 && scores.size(-1) > 0) {
+  if (constants.transformed) {
+    weights = at::dropout(weights, constants.dropout_p, constants.dropout_p > 0.0);
+  } else if (constants.dropout_p > 0.0 && scores.size(-1) > 0) {
     const auto rows = dense::grouped(
         dense::row_numbers(query, chunk, constants.query_heads, constants.rows), scores.size(1));
     weights =
@@ -104,7 +108,7 @@ Tensors formula(const Tensors& in, const Chunk& chunk, const Constants& constant
   return {output, self.lse, memory.lse, constants.joint ? output : self.output, memory.output};
 }
 
-Problem problem_of(const Arguments& args) {
+Problem problem_of(const Arguments& args, bool transformed = false) {
   const auto keys = args.key.size(-2), slots = args.memory_key.size(-2);
   const auto depth = args.query.size(-1) + args.value.size(-1);
   const auto named = args.memory_index ? args.memory_index->size(-1) * depth : slots;
@@ -123,7 +127,8 @@ Problem problem_of(const Arguments& args) {
       keys,
       args.scale_or_default(),
       args.dropout_p,
-      args.seed ? args.seed->item<int64_t>() : 0};
+      args.seed ? args.seed->item<int64_t>() : 0,
+      transformed};
   problem.formula = [constants](const Tensors& in, const Chunk& chunk) {
     return formula(in, chunk, constants);
   };
@@ -159,6 +164,12 @@ Gradients portable_backward_op(
 }
 
 }  // namespace
+
+std::tuple<Tensor, Tensor, Tensor> composite(const Arguments& args) {
+  check(args);
+  const auto all = chunked::composite(problem_of(args, /*transformed=*/true), args.query);
+  return {all[0].to(args.query.scalar_type()), all[1].squeeze(-1), all[2].squeeze(-1)};
+}
 
 Forward forward_portable(const Arguments& args, bool for_backward) {
   const auto& query = args.query;

@@ -48,6 +48,9 @@ Forward forward_portable(
     const Tensor& query, const Tensor& key, int64_t k, const OptionalTensor& mask,
     std::string_view metric);
 
+/// (scores, indices) in calls that PyTorch transforms.
+Forward composite(const Arguments& args);
+
 /// Portable path: gradients of <second_order, backward(grad_scores, args)> with respect to
 /// grad_scores and the differentiable arguments, in that order.
 std::vector<Tensor> double_backward(

@@ -3,6 +3,7 @@
 
 #include "differentiate.h"
 #include "topk_keys/arguments.h"
+#include "transforms.h"
 
 namespace mixhead::topk {
 namespace {
@@ -89,12 +90,20 @@ Forward topk_keys_autograd(
     const Tensor& query, const Tensor& key, int64_t k, const OptionalTensor& mask,
     std::string_view metric) {
   const Arguments args{query, key, k, mask, metric};
+  if (transforms::wanted(differentiable(args))) return composite(args);
   if (!c10::GradMode::is_enabled() || !any_requires_grad(differentiable(args))) {
     at::AutoDispatchBelowADInplaceOrView guard;
     return call_forward(args);
   }
   const auto outputs = Search::apply(query, key, mask, args);
   return {outputs[0], outputs[1]};
+}
+
+/// Inside of vmap the vmapped dimension is one more of each operation.
+Forward batched(
+    const Tensor& query, const Tensor& key, int64_t k, const OptionalTensor& mask,
+    std::string_view metric) {
+  return composite({query, key, k, mask, metric});
 }
 
 Gradients backward_autograd(
@@ -116,6 +125,8 @@ TORCH_LIBRARY_IMPL(mixhead, Autograd, m) {
   m.impl("topk_keys", topk_keys_autograd);
   m.impl("_topk_keys_backward", backward_autograd);
 }
+
+TORCH_LIBRARY_IMPL(mixhead, FuncTorchBatched, m) { m.impl("topk_keys", batched); }
 
 // Reached where autograd is out of play (inference mode, a trace below autograd).
 TORCH_LIBRARY_IMPL(mixhead, CompositeExplicitAutograd, m) { m.impl("topk_keys", below_autograd); }

@@ -79,6 +79,18 @@ Tensors search(const Tensors& in, Metric metric, int64_t k) {
   return {sorted.flatten(1, 2), indices.flatten(1, 2)};
 }
 
+/// The same by sorting all scores: every result's size is known, which vmap needs.
+Tensors search_by_sorting(const Tensors& in, Metric metric, int64_t k) {
+  auto scores = dense::masked(similarity(metric, in[0], in[1]), in[2]);
+  if (scores.size(-1) < k) {
+    scores = at::constant_pad_nd(scores, {0, k - scores.size(-1)}, -kInfinity);
+  }
+  const auto [sorted, order] = scores.sort(/*stable=*/true, -1, true);
+  const auto best = sorted.narrow(-1, 0, k);
+  const auto indices = order.narrow(-1, 0, k).masked_fill(best == -kInfinity, -1);
+  return {best.flatten(1, 2), indices.flatten(1, 2)};
+}
+
 /// The scores of the keys that `indices` name, differentiable; in: query, key, mask, indices.
 Tensors named_scores(const Tensors& in, Metric metric) {
   const auto &key = in[1], &indices = in[3];
@@ -157,6 +169,17 @@ Forward forward_portable(
   const auto indices = at::empty(sizes, query.options().dtype(at::kLong));
   if (k > 0) chunked::forward(search_problem(args, *metric_named(metric)), {scores, indices});
   return {scores, indices};
+}
+
+Forward composite(const Arguments& args) {
+  check(args);
+  const auto metric = *metric_named(args.metric);
+  auto problem = search_problem(args, metric);
+  problem.formula = [metric, k = args.k](const Tensors& in, const Chunk& /*chunk*/) {
+    return search_by_sorting(in, metric, k);
+  };
+  const auto all = chunked::composite(problem, args.query);
+  return {all[0], all[1]};
 }
 
 std::vector<Tensor> double_backward(
