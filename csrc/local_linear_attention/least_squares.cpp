@@ -112,12 +112,15 @@ class PseudoInverse {
     if (!singular) return;
     // The covariance's null space is spanned by the columns of null / scale, which are not
     // orthonormal. In the unit of the widest channel they are at least as long as those of null, so
-    // that what is inverted has no eigenvalue below 1, however narrow the window is.
-    const auto identity = identity_like(null);
-    const auto basis = null * (scale.amax(-2, /*keepdim=*/true) / scale);
+    // that what is inverted has no eigenvalue below 1, however narrow the window is; in double, as
+    // the largest is the square of the ratio of spreads.
+    const auto wide = null.to(at::kDouble);
+    const auto ratio = scale.amax(-2, /*keepdim=*/true).to(at::kDouble) / scale.to(at::kDouble);
+    const auto basis = wide * ratio.clamp_max(1e7);
     const auto gram = at::matmul(basis.transpose(-2, -1), basis);
+    const auto inverse = inverted(gram + identity_like(wide) - wide);
     beside_ =
-        at::matmul(at::matmul(basis, inverted(gram + identity - null)), basis.transpose(-2, -1));
+        at::matmul(at::matmul(basis, inverse), basis.transpose(-2, -1)).to(null.scalar_type());
   }
 
   /// The part of `x` (..., D, n) in the null space; of a singular covariance.

@@ -123,3 +123,19 @@ def test_copies_of_points(dtype, portable, apart):
     near = 1e-6 if dtype == torch.float64 else 1e-4
     torch.testing.assert_close(found, torch.from_numpy(want), rtol=near, atol=near)
     assert_finite_derivatives(tensors, outputs)
+
+
+@DTYPES
+def test_narrow_windows_of_channels_in_unlike_units(dtype):
+    """Fewer keys than channels, whose units are up to a million apart."""
+    for seed in range(10):
+        rng = numpy.random.default_rng(seed)
+        key = rng.normal(size=(9, 12)) * 10 ** rng.uniform(-3, 3, size=12)
+        query = numpy.vstack([key[:2], key.mean(0) + rng.normal(size=12)])
+        tensors = leaves(
+            query, key, rng.normal(size=(9, 2)), abs(key).max(), dtype=dtype, portable=False
+        )
+        outputs = call(tensors)
+        assert all(output.isfinite().all() for output in outputs)
+        assert outputs[2][..., :2].max() <= 1 + 1e-2
+        assert_finite_derivatives(tensors, outputs)
