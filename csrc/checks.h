@@ -1,7 +1,6 @@
 #pragma once
 
 #include <ATen/core/Tensor.h>
-#include <c10/core/impl/TorchDispatchModeTLS.h>
 #include <c10/util/Exception.h>
 
 #include <initializer_list>
@@ -166,9 +165,9 @@ inline void dropout(const char* op, double dropout_p) {
 
 /// Whether values can be read: a real tensor, not a shape under Meta, fake tensors or a trace.
 inline bool has_values(const Tensor& tensor) {
-  return !transforms::active() && c10::impl::TorchDispatchModeTLS::stack_len() == 0 &&
-         !tensor.is_meta() && !tensor.unsafeGetTensorImpl()->is_python_dispatch() &&
-         tensor.has_storage() && tensor.numel() > 0;
+  return !transforms::values_unknown() && !tensor.is_meta() &&
+         !tensor.unsafeGetTensorImpl()->is_python_dispatch() && tensor.has_storage() &&
+         tensor.numel() > 0;
 }
 
 /// The leading dimensions of query, then `tail`.

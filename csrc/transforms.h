@@ -2,6 +2,7 @@
 
 #include <ATen/core/Tensor.h>
 #include <c10/core/impl/LocalDispatchKeySet.h>
+#include <c10/core/impl/TorchDispatchModeTLS.h>
 
 /// Function transforms (torch.func) and forward mode. A C++ autograd function knows neither, so
 /// under them an op is its portable formula in differentiable ATen calls, which PyTorch transforms
@@ -15,6 +16,11 @@ inline bool active() {
   return c10::impl::tls_is_dispatch_key_included(
              c10::DispatchKey::FuncTorchDynamicLayerFrontMode) ||
          c10::impl::tls_is_dispatch_key_included(c10::DispatchKey::FuncTorchDynamicLayerBackMode);
+}
+
+/// Whether no value may be read: inside of a transform, or where a dispatch mode traces.
+inline bool values_unknown() {
+  return active() || c10::impl::TorchDispatchModeTLS::stack_len() > 0;
 }
 
 /// Whether a call must be made of operations that PyTorch can transform: inside of a transform, or

@@ -29,6 +29,9 @@ struct Arguments {
   bool enable_gqa;
 };
 
+/// Whether some query may not read some key.
+bool excludes(const Arguments& args);
+
 /// query, key, value, bandwidth, attn_mask.
 constexpr size_t kDifferentiable = 5;
 std::array<Tensor, kDifferentiable> differentiable(const Arguments& args);
@@ -46,6 +49,11 @@ Forward call_forward(const Arguments& args);
 Gradients call_backward(
     const std::array<Tensor, 2>& grads, const Arguments& args, const Forward& forward,
     OutputMask output_mask);
+
+/// Portable path, for checked arguments.
+Forward forward_portable(const Arguments& args);
+Gradients backward_portable(
+    const std::array<Tensor, 2>& grads, const Arguments& args, OutputMask output_mask);
 
 /// output, log_mass in calls that PyTorch transforms; dropout draws from its generator.
 Forward composite(const Arguments& args);

@@ -10,6 +10,7 @@
 #include "cpu/regression.h"
 #include "cpu/regression_schedule.h"
 #include "engine_call.h"
+#include "exact_rows.h"
 #include "kernel_attention/arguments.h"
 #include "kernel_attention/plain.h"
 
@@ -92,6 +93,11 @@ Forward forward_cpu(
   }
   if (normalize && empty == "nearest" && p.source[0].keys > 0) {
     find_nearest(plain, log_mass, output.data_ptr(), items.parallel);
+  }
+  // An excluded NaN has reached the output: the exact way, which is slow.
+  if (excludes(args) && !exact_rows::seems_finite(output) &&
+      !exact_rows::all_finite({query, key, value})) {
+    return forward_portable(args);
   }
   return {output, log_mass};
 }
@@ -268,8 +274,15 @@ Gradients backward_cpu(
     const Tensor& output, const Tensor& log_mass, std::array<bool, 5> output_mask) {
   const Arguments args{query,        key,       value, bandwidth, kernel, attn_mask, is_causal,
                        exclude_self, normalize, empty, dropout_p, seed,   enable_gqa};
-  return BackwardPass(args, {grad_output, grad_log_mass}, {output, log_mass}, output_mask)
-      .gradients();
+  const std::array<Tensor, 2> grads{grad_output, grad_log_mass};
+  const auto found = BackwardPass(args, grads, {output, log_mass}, output_mask).gradients();
+  const bool finite = std::apply(
+      [](const auto&... each) { return (exact_rows::seems_finite(each) && ...); }, found);
+  if (excludes(args) && !finite &&
+      !(exact_rows::all_finite({query, key, value}) && exact_rows::all_finite(grads))) {
+    return backward_portable(grads, args, output_mask);
+  }
+  return found;
 }
 
 }  // namespace

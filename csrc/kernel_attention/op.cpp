@@ -30,6 +30,10 @@ void check(const Arguments& args) {
   kernel_checks::readable(kOp, query, key, args.exclude_self, args.attn_mask);
 }
 
+bool excludes(const Arguments& args) {
+  return args.is_causal || args.exclude_self || args.attn_mask;
+}
+
 std::array<Tensor, kDifferentiable> differentiable(const Arguments& args) {
   return {
       args.query, args.key, args.value, args.bandwidth.value_or(Tensor()),

@@ -12,6 +12,7 @@
 
 #include "chunked.h"
 #include "dense.h"
+#include "exact_rows.h"
 #include "kernel_attention/arguments.h"
 #include "kernel_attention/log_kernel.h"
 #include "wide_dtype.h"
@@ -33,7 +34,8 @@ struct Constants {
   int64_t query_heads, rows, keys;
   double dropout_p;
   int64_t seed;
-  bool transformed;
+  bool transformed, exact;
+  Tensor row_numbers = {};  // where the rows of a chunk are no longer those of the call
 };
 
 /// Scores with the keys that a query may not read at -inf, an additive mask added.
@@ -71,7 +73,9 @@ Tensors formula(
   if (constants.transformed) {
     weights = at::dropout(weights, constants.dropout_p, constants.dropout_p > 0.0);
   } else if (constants.dropout_p > 0.0 && scores.size(-1) > 0) {
-    const auto rows = dense::row_numbers(query, chunk, constants.query_heads, constants.rows);
+    const auto rows = constants.row_numbers.defined()
+                          ? constants.row_numbers
+                          : dense::row_numbers(query, chunk, constants.query_heads, constants.rows);
     weights = weights * dense::dropout_factors(
                             weights, dense::grouped(rows, key.size(1)), constants.seed, 0,
                             constants.dropout_p);
@@ -88,7 +92,33 @@ Tensors formula(
   return {output, log_mass};
 }
 
-Problem problem_of(const Arguments& args, bool transformed = false) {
+/// The formula where an operand is not finite: each row with keys of its own.
+Tensors exact_formula(
+    const Tensors& in, const Chunk& chunk, Constants constants, double default_bandwidth) {
+  const auto &query = in[0], &key = in[1], &value = in[2];
+  const auto readable = exact_rows::readable_pairs(
+      in[4], query, key, chunk,
+      {constants.is_causal, constants.exclude_self, constants.keys - constants.rows});
+  const auto groups = query.size(1) / chunk.heads;
+  if (constants.dropout_p > 0.0) {
+    constants.row_numbers = exact_rows::of_rows(
+        dense::row_numbers(query, chunk, constants.query_heads, constants.rows), query);
+  }
+  constants.is_causal = constants.exclude_self = false;
+  const auto results = formula(
+      {exact_rows::of_rows(query, query), exact_rows::of_keys(key, readable, query),
+       exact_rows::of_keys(value, readable, query), exact_rows::of_rows(in[3], query),
+       exact_rows::of_mask(in[4], readable, query)},
+      {0, query.size(0) * query.size(2), chunk.head * groups, query.size(1), 0, 1}, constants,
+      default_bandwidth);
+  return {exact_rows::joined(results[0], query), exact_rows::joined(results[1], query)};
+}
+
+/// `grads`: what comes in, of a derivative.
+Problem problem_of(const Arguments& args, at::TensorList grads = {}, bool transformed = false) {
+  const bool exact = !transformed && excludes(args) && args.key.size(-2) > 0 &&
+                     !(exact_rows::all_finite({args.query, args.key, args.value}) &&
+                       exact_rows::all_finite(grads));
   Constants constants{
       .kernels = kernels_named(args.kernel),
       .is_causal = args.is_causal,
@@ -101,12 +131,17 @@ Problem problem_of(const Arguments& args, bool transformed = false) {
       .keys = args.key.size(-2),
       .dropout_p = args.dropout_p,
       .seed = args.seed ? args.seed->item<int64_t>() : 0,
-      .transformed = transformed};
+      .transformed = transformed,
+      .exact = exact};
   const bool distances =
       std::any_of(constants.kernels.begin(), constants.kernels.end(), is_distance);
   const auto channels = args.query.size(-1), depth = channels + args.value.size(-1);
   Problem problem(
-      args.query, args.key.size(-3), constants.keys * (distances ? channels : 1) + depth,
+      args.query, args.key.size(-3),
+      constants.keys * (exact       ? 2 * depth
+                        : distances ? channels
+                                    : 1) +
+          depth,
       constants.keys * depth);
   auto tensors = differentiable(args);
   tensors[3] = bandwidth_operand(tensors[3]);
@@ -115,12 +150,13 @@ Problem problem_of(const Arguments& args, bool transformed = false) {
   for (size_t i = 0; i < kDifferentiable; ++i) problem.operands.push_back({tensors[i], axes[i]});
   const auto default_bandwidth = std::pow(static_cast<double>(channels), 0.25);
   problem.formula = [constants, default_bandwidth](const Tensors& in, const Chunk& chunk) {
-    return formula(in, chunk, constants, default_bandwidth);
+    return constants.exact ? exact_formula(in, chunk, constants, default_bandwidth)
+                           : formula(in, chunk, constants, default_bandwidth);
   };
   return problem;
 }
 
-Forward forward_portable(
+Forward portable_forward_op(
     const Tensor& query, const Tensor& key, const Tensor& value, const OptionalTensor& bandwidth,
     const Names& kernel, const OptionalTensor& attn_mask, bool is_causal, bool exclude_self,
     bool normalize, std::string_view empty, double dropout_p, const OptionalTensor& seed,
@@ -128,38 +164,49 @@ Forward forward_portable(
   const Arguments args{query,        key,       value, bandwidth, kernel, attn_mask, is_causal,
                        exclude_self, normalize, empty, dropout_p, seed,   enable_gqa};
   check(args);
-  at::DimVector rows(query.sizes().begin(), query.sizes().end() - 1), wide = rows;
-  wide.push_back(value.size(-1));
-  const auto mass_dtype = wide_dtype(query);
-  const auto output = at::empty(wide, query.options());
-  const auto log_mass = at::empty(rows, query.options().dtype(mass_dtype));
-  chunked::forward(problem_of(args), {output, log_mass.unsqueeze(-1)});
-  return {output, log_mass};
+  return forward_portable(args);
 }
 
-Gradients backward_portable(
+Gradients portable_backward_op(
     const Tensor& grad_output, const Tensor& grad_log_mass, const Tensor& query, const Tensor& key,
     const Tensor& value, const OptionalTensor& bandwidth, const Names& kernel,
     const OptionalTensor& attn_mask, bool is_causal, bool exclude_self, bool normalize,
     std::string_view empty, double dropout_p, const OptionalTensor& seed, bool enable_gqa,
     const Tensor& /*output*/, const Tensor& /*log_mass*/, std::array<bool, 5> output_mask) {
-  const Arguments args{query,        key,       value, bandwidth, kernel, attn_mask, is_causal,
-                       exclude_self, normalize, empty, dropout_p, seed,   enable_gqa};
-  auto g = chunked::backward(
-      problem_of(args), {grad_output, grad_log_mass.unsqueeze(-1)},
-      std::vector<bool>(output_mask.begin(), output_mask.end()));
-  if (g[3].defined()) g[3] = g[3].view(bandwidth->sizes());
-  for (auto& gradient : g) {
-    if (!gradient.defined()) gradient = at::empty({0}, query.options());
-  }
-  return {g[0], g[1], g[2], g[3], g[4]};
+  return backward_portable(
+      {grad_output, grad_log_mass},
+      {query, key, value, bandwidth, kernel, attn_mask, is_causal, exclude_self, normalize, empty,
+       dropout_p, seed, enable_gqa},
+      output_mask);
 }
 
 }  // namespace
 
+Forward forward_portable(const Arguments& args) {
+  const auto& query = args.query;
+  at::DimVector rows(query.sizes().begin(), query.sizes().end() - 1), wide = rows;
+  wide.push_back(args.value.size(-1));
+  const auto output = at::empty(wide, query.options());
+  const auto log_mass = at::empty(rows, query.options().dtype(wide_dtype(query)));
+  chunked::forward(problem_of(args), {output, log_mass.unsqueeze(-1)});
+  return {output, log_mass};
+}
+
+Gradients backward_portable(
+    const std::array<Tensor, 2>& grads, const Arguments& args, OutputMask output_mask) {
+  auto g = chunked::backward(
+      problem_of(args, grads), {grads[0], grads[1].unsqueeze(-1)},
+      std::vector<bool>(output_mask.begin(), output_mask.end()));
+  if (g[3].defined()) g[3] = g[3].view(args.bandwidth->sizes());
+  for (auto& gradient : g) {
+    if (!gradient.defined()) gradient = at::empty({0}, args.query.options());
+  }
+  return {g[0], g[1], g[2], g[3], g[4]};
+}
+
 Forward composite(const Arguments& args) {
   check(args);
-  const auto all = chunked::composite(problem_of(args, /*transformed=*/true), args.query);
+  const auto all = chunked::composite(problem_of(args, {}, /*transformed=*/true), args.query);
   return {all[0].to(args.query.scalar_type()), all[1].squeeze(-1)};
 }
 
@@ -170,7 +217,7 @@ std::vector<Tensor> double_backward(
   Tensors partners(second_order.begin(), second_order.end());
   partners[3] = bandwidth_operand(partners[3]);
   auto result = chunked::double_backward(
-      problem_of(args), {grads[0], grads[1].unsqueeze(-1)}, partners,
+      problem_of(args, grads), {grads[0], grads[1].unsqueeze(-1)}, partners,
       std::vector<bool>(needed.begin(), needed.end()));
   if (result[1].defined()) result[1] = result[1].squeeze(-1);
   if (result[5].defined()) result[5] = result[5].view(args.bandwidth->sizes());
@@ -178,8 +225,8 @@ std::vector<Tensor> double_backward(
 }
 
 TORCH_LIBRARY_IMPL(mixhead, CompositeExplicitAutograd, m) {
-  m.impl("_kernel_attention_forward", forward_portable);
-  m.impl("_kernel_attention_backward", backward_portable);
+  m.impl("_kernel_attention_forward", portable_forward_op);
+  m.impl("_kernel_attention_backward", portable_backward_op);
 }
 
 }  // namespace mixhead::kernels

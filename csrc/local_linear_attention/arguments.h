@@ -44,6 +44,10 @@ Forward call_forward(const Arguments& args);
 Gradients call_backward(const Grads& grads, const Arguments& args, OutputMask output_mask);
 
 /// The portable path; on the CPU for what its engine does not do.
+/// Whether some query may not read some key, and an operand or a gradient is not finite: then only
+/// the portable path keeps what is excluded out.
+bool reads_around_nan(const Arguments& args, at::TensorList grads);
+
 /// The outputs in calls that PyTorch transforms.
 Forward composite(const Arguments& args);
 

@@ -226,7 +226,7 @@ Forward forward_cpu(
   const Arguments args{query,     key,       value,        bandwidth, kernel,
                        attn_mask, is_causal, exclude_self, ridge};
   check(args);
-  if (!suits_engine(args)) return forward_portable(args);
+  if (!suits_engine(args) || reads_around_nan(args, {})) return forward_portable(args);
   const auto outputs = empty_outputs(args);
   const auto rows = as_rows(outputs);
   Engine engine(args);
@@ -245,7 +245,9 @@ Gradients backward_cpu(
                        attn_mask, is_causal, exclude_self, ridge};
   const Grads grads{grad_output, grad_slope, grad_leverage, grad_log_mass};
   // A mask's gradient is as large as the scores: the portable path has it.
-  if (!suits_engine(args) || output_mask[4]) return backward_portable(grads, args, output_mask);
+  if (!suits_engine(args) || output_mask[4] || reads_around_nan(args, grads)) {
+    return backward_portable(grads, args, output_mask);
+  }
   const auto rows = as_rows(grads);
   Engine engine(args);
   auto sums = engine.zero_gradients(output_mask);

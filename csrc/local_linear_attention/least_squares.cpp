@@ -73,7 +73,7 @@ Spectrum eigenvectors_of(const Tensor& correlation) {
 /// least 1 over the least eigenvalue. The others have their eigenvectors found. Where N = 0 nothing
 /// is asked of C^+.
 Spectrum spectrum(const Tensor& correlation) {
-  if (transforms::active()) return eigenvectors_of(correlation);  // no sizes by the data
+  if (transforms::values_unknown()) return eigenvectors_of(correlation);  // no sizes by the data
   const auto factor = std::get<0>(at::linalg_cholesky_ex(correlation));
   const auto identity = identity_like(correlation);
   const auto whitening =
@@ -178,7 +178,7 @@ Fit least_squares(const Moments& moments) {
     }
   }
   // Which rows are singular cannot be read inside of vmap; the general form is right for all.
-  const bool singular = transforms::active() || decided.null.any().item<bool>();
+  const bool singular = transforms::values_unknown() || decided.null.any().item<bool>();
   const auto null = singular ? moving(decided, correlation) : decided.null;
   const PseudoInverse inverse(correlation, scale, decided.whitening, null, singular);
 

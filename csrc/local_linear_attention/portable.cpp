@@ -8,6 +8,7 @@
 
 #include "chunked.h"
 #include "dense.h"
+#include "exact_rows.h"
 #include "kernel_attention/log_kernel.h"
 #include "local_linear_attention/arguments.h"
 #include "local_linear_attention/fit.h"
@@ -23,7 +24,7 @@ using Tensors = std::vector<Tensor>;
 /// What the formula needs beside the operands, fixed for one call of the op.
 struct Constants {
   std::vector<Kernel> kernels;  // one, or one for each head
-  bool is_causal, exclude_self;
+  bool is_causal, exclude_self, exact;
   double ridge, default_bandwidth;
   int64_t rows, keys;
 };
@@ -74,19 +75,40 @@ Tensors formula(const Tensors& in, const Chunk& chunk, const Constants& constant
       moments(query, key, value, weights), log_mass.flatten(1, 2), at_query, constants.ridge);
 }
 
-Problem problem_of(const Arguments& args) {
+/// The formula where an operand is not finite: each row with keys of its own.
+Tensors exact_formula(const Tensors& in, const Chunk& chunk, Constants constants) {
+  const auto &query = in[0], &key = in[1], &value = in[2];
+  const auto readable = exact_rows::readable_pairs(
+      in[4], query, key, chunk,
+      {constants.is_causal, constants.exclude_self, constants.keys - constants.rows});
+  const auto groups = query.size(1) / chunk.heads;
+  constants.is_causal = constants.exclude_self = false;
+  auto results = formula(
+      {exact_rows::of_rows(query, query), exact_rows::of_keys(key, readable, query),
+       exact_rows::of_keys(value, readable, query), exact_rows::of_rows(in[3], query),
+       exact_rows::of_mask(in[4], readable, query)},
+      {0, query.size(0) * query.size(2), chunk.head * groups, query.size(1), 0, 1}, constants);
+  for (auto& result : results) result = exact_rows::joined(result, query);
+  return results;
+}
+
+/// `grads`: what comes in, of a derivative.
+Problem problem_of(const Arguments& args, at::TensorList grads = {}, bool transformed = false) {
+  const bool exact = !transformed && reads_around_nan(args, grads);
   const auto channels = args.query.size(-1), wide = args.value.size(-1);
   const Constants constants{
       .kernels = kernels::kernels_named(args.kernel),
       .is_causal = args.is_causal,
       .exclude_self = args.exclude_self,
+      .exact = exact,
       .ridge = args.ridge,
       .default_bandwidth = std::pow(static_cast<double>(channels), 0.25),
       .rows = args.query.size(-2),
       .keys = args.key.size(-2)};
   Problem problem(
       args.query, args.key.size(-3),
-      constants.keys * (3 * channels + 2) + channels * (4 * channels + 2 * wide),
+      constants.keys * (3 * channels + 2 + (exact ? 2 * (channels + wide) : 0)) +
+          channels * (4 * channels + 2 * wide),
       constants.keys * (2 * channels + wide));
   auto tensors = differentiable(args);
   tensors[3] = kernels::bandwidth_operand(tensors[3]);
@@ -94,12 +116,19 @@ Problem problem_of(const Arguments& args) {
       Axes::query, Axes::key, Axes::key, Axes::query, Axes::query};
   for (size_t i = 0; i < kDifferentiable; ++i) problem.operands.push_back({tensors[i], axes[i]});
   problem.formula = [constants](const Tensors& in, const Chunk& chunk) {
-    return formula(in, chunk, constants);
+    return constants.exact ? exact_formula(in, chunk, constants) : formula(in, chunk, constants);
   };
   return problem;
 }
 
 }  // namespace
+
+bool reads_around_nan(const Arguments& args, at::TensorList grads) {
+  const bool excludes = args.is_causal || args.exclude_self || args.attn_mask;
+  return excludes && args.key.size(-2) > 0 &&
+         !(exact_rows::all_finite({args.query, args.key, args.value}) &&
+           exact_rows::all_finite(grads));
+}
 
 Forward forward_portable(const Arguments& args) {
   check(args);
@@ -110,7 +139,8 @@ Forward forward_portable(const Arguments& args) {
 
 Gradients backward_portable(const Grads& grads, const Arguments& args, OutputMask output_mask) {
   auto g = chunked::backward(
-      problem_of(args), as_rows(grads), std::vector<bool>(output_mask.begin(), output_mask.end()));
+      problem_of(args, grads), as_rows(grads),
+      std::vector<bool>(output_mask.begin(), output_mask.end()));
   if (g[3].defined()) g[3] = g[3].view(args.bandwidth->sizes());
   for (auto& gradient : g) {
     if (!gradient.defined()) gradient = at::empty({0}, args.query.options());
@@ -120,7 +150,7 @@ Gradients backward_portable(const Grads& grads, const Arguments& args, OutputMas
 
 Forward composite(const Arguments& args) {
   check(args);
-  const auto all = chunked::composite(problem_of(args), args.query);
+  const auto all = chunked::composite(problem_of(args, {}, /*transformed=*/true), args.query);
   const auto dtype = args.query.scalar_type();
   const auto channels = args.query.size(-1), wide = args.value.size(-1);
   return {
@@ -135,7 +165,8 @@ std::vector<Tensor> double_backward(
   Tensors partners(second_order.begin(), second_order.end());
   partners[3] = kernels::bandwidth_operand(partners[3]);
   auto result = chunked::double_backward(
-      problem_of(args), as_rows(grads), partners, std::vector<bool>(needed.begin(), needed.end()));
+      problem_of(args, grads), as_rows(grads), partners,
+      std::vector<bool>(needed.begin(), needed.end()));
   for (size_t i = 0; i < kOutputs; ++i) {
     if (result[i].defined()) result[i] = result[i].view(grads[i].sizes());
   }

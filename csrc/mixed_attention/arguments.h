@@ -29,6 +29,11 @@ struct Arguments {
   double scale_or_default() const;
 };
 
+/// Whether some query may not read some key.
+bool excludes(const Arguments& args);
+/// query, key, value, memory_key, memory_value: what may hold NaN that a row may not read.
+std::array<Tensor, 5> operands(const Arguments& args);
+
 /// query, key, value, memory_key, memory_value, mix, attn_mask, memory_mask.
 constexpr size_t kDifferentiable = 8;
 std::array<Tensor, kDifferentiable> differentiable(const Arguments& args);

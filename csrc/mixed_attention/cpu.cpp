@@ -9,6 +9,7 @@
 #include "cpu/smoother.h"
 #include "empty.h"
 #include "engine_call.h"
+#include "exact_rows.h"
 #include "mixed_attention/arguments.h"
 
 /// mixed_attention on the CPU engine: tensors to plain pointers, then the engine's items over
@@ -146,6 +147,11 @@ Forward forward_cpu(
     run_items((all + kRows - 1) / kRows, parallel, 0, [&](int64_t i, void*) {
       kernels.combine(work, i * kRows, std::min(all, (i + 1) * kRows));
     });
+  }
+  // An excluded NaN has reached the output: the exact way, which is slow.
+  if (excludes(args) && !exact_rows::seems_finite(output) &&
+      !exact_rows::all_finite(operands(args))) {
+    return forward_portable(args, for_backward);
   }
   return result;
 }
@@ -379,10 +385,18 @@ Gradients backward_cpu(
   const Arguments args{query,     key,  value,     memory_key,  memory_value,
                        mix,       rule, attn_mask, memory_mask, memory_index,
                        dropout_p, seed, is_causal, scale,       enable_gqa};
-  return BackwardPass(
-             args, {grad_output, grad_self_lse, grad_memory_lse},
-             {output, self_lse, memory_lse, self_output, memory_output}, output_mask)
-      .gradients();
+  const std::array<Tensor, 3> grads{grad_output, grad_self_lse, grad_memory_lse};
+  const auto found =
+      BackwardPass(
+          args, grads, {output, self_lse, memory_lse, self_output, memory_output}, output_mask)
+          .gradients();
+  const bool finite = std::apply(
+      [](const auto&... each) { return (exact_rows::seems_finite(each) && ...); }, found);
+  if (excludes(args) && !finite &&
+      !(exact_rows::all_finite(operands(args)) && exact_rows::all_finite(grads))) {
+    return backward_portable(grads, args, output_mask);
+  }
+  return found;
 }
 
 }  // namespace

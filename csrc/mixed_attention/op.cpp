@@ -137,6 +137,14 @@ double Arguments::scale_or_default() const {
   return scale.value_or(1.0 / std::sqrt(static_cast<double>(query.size(-1))));
 }
 
+bool excludes(const Arguments& args) {
+  return args.is_causal || args.attn_mask || args.memory_mask || args.memory_index;
+}
+
+std::array<Tensor, 5> operands(const Arguments& args) {
+  return {args.query, args.key, args.value, args.memory_key, args.memory_value};
+}
+
 std::array<Tensor, kDifferentiable> differentiable(const Arguments& args) {
   return {
       args.query,

@@ -10,6 +10,7 @@
 
 #include "chunked.h"
 #include "dense.h"
+#include "exact_rows.h"
 #include "mixed_attention/arguments.h"
 #include "wide_dtype.h"
 
@@ -34,7 +35,7 @@ struct Constants {
   int64_t query_heads, rows, keys;
   double scale, dropout_p;
   int64_t seed;
-  bool transformed;
+  bool transformed, exact;
 };
 
 /// The dropped weights and the log-sum-exp (before dropout) of one side's masked scores.
@@ -53,8 +54,33 @@ std::pair<Tensor, Tensor> weights_of(
   return {weights, lse.flatten(1, 2)};
 }
 
+/// One side where an operand is not finite: each row with keys of its own.
+Side attend_exactly(
+    const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& mask, int64_t side,
+    const Chunk& chunk, const Constants& constants) {
+  const auto readable = exact_rows::readable_pairs(
+      mask, query, key, chunk,
+      {constants.is_causal && side == 0, false, constants.keys - constants.rows});
+  const auto own_key = exact_rows::of_keys(key, readable, query);
+  auto scores = dense::products(exact_rows::of_rows(query, query), own_key) * constants.scale;
+  scores = dense::masked(scores, exact_rows::of_mask(mask, readable, query));
+  auto [weights, lse] = dense::softmax(scores);
+  if (constants.dropout_p > 0.0) {
+    const auto rows = exact_rows::of_rows(
+        dense::row_numbers(query, chunk, constants.query_heads, constants.rows), query);
+    weights = weights * dense::dropout_factors(
+                            weights, dense::grouped(rows, query.size(1)), constants.seed, side,
+                            constants.dropout_p);
+  }
+  const auto output = dense::weighted_sum(weights, exact_rows::of_keys(value, readable, query));
+  return {exact_rows::joined(output, query), exact_rows::joined(lse.flatten(1, 2), query)};
+}
+
 Side attend_sequence(const Tensors& in, const Chunk& chunk, const Constants& constants) {
   const auto &query = in[0], &key = in[1], &value = in[2], &mask = in[6];
+  if (constants.exact && key.size(2) > 0) {
+    return attend_exactly(query, key, value, mask, 0, chunk, constants);
+  }
   auto scores = dense::masked(dense::products(query, key) * constants.scale, mask);
   if (constants.is_causal) {
     scores = dense::causal(scores, chunk.row, constants.keys - constants.rows);
@@ -65,6 +91,9 @@ Side attend_sequence(const Tensors& in, const Chunk& chunk, const Constants& con
 
 Side attend_memory(const Tensors& in, const Chunk& chunk, const Constants& constants) {
   const auto &query = in[0], &key = in[3], &value = in[4], &mask = in[7];
+  if (constants.exact && key.size(2) > 0) {
+    return attend_exactly(query, key, value, mask, 1, chunk, constants);
+  }
   const auto scores = dense::masked(dense::products(query, key) * constants.scale, mask);
   const auto [weights, lse] = weights_of(scores, 1, query, chunk, constants);
   return {dense::weighted_sum(weights, value), lse};
@@ -74,16 +103,23 @@ Side attend_memory(const Tensors& in, const Chunk& chunk, const Constants& const
 Side attend_named_slots(const Tensors& in, const Chunk& chunk, const Constants& constants) {
   const auto &query = in[0], &key = in[3], &value = in[4], &mask = in[7], &index = in[8];
   const auto heads = key.size(1);
-  const auto keys = dense::gather(key, index);
-  auto scores = (keys * dense::grouped(query, heads).unsqueeze(-2)).sum(-1) * constants.scale;
+  // What a query may not read is 0, whatever the slot holds.
+  auto readable = dense::grouped(index, heads) >= 0;
+  Tensor own_mask;
   if (mask.defined()) {
     const auto wide = mask.expand({index.size(0), index.size(1), index.size(2), key.size(2)});
-    scores = dense::masked(scores, wide.gather(-1, index.clamp_min(0)));
+    own_mask = dense::grouped(wide.gather(-1, index.clamp_min(0)), heads);
+    const bool boolean = own_mask.scalar_type() == at::kBool;
+    readable = readable & (boolean ? own_mask : own_mask != -kInfinity);
   }
-  scores = scores.masked_fill(dense::grouped(index, heads) < 0, -kInfinity);
+  const auto blocked = readable.logical_not();
+  const auto keys = dense::gather(key, index).masked_fill(blocked.unsqueeze(-1), 0.0);
+  const auto values = dense::gather(value, index).masked_fill(blocked.unsqueeze(-1), 0.0);
+  auto scores = (keys * dense::grouped(query, heads).unsqueeze(-2)).sum(-1) * constants.scale;
+  if (mask.defined() && own_mask.is_floating_point()) scores = scores + own_mask;
+  scores = scores.masked_fill(blocked, -kInfinity);
   const auto [weights, lse] = weights_of(scores, 1, query, chunk, constants);
-  const auto output = (dense::gather(value, index) * weights.unsqueeze(-1)).sum(-2);
-  return {output.flatten(1, 2), lse};
+  return {(values * weights.unsqueeze(-1)).sum(-2).flatten(1, 2), lse};
 }
 
 /// w: sigmoid(mix), or with rule "joint" sigmoid(mix + l_m - l_s); 0 or 1 where one side is empty.
@@ -108,11 +144,16 @@ Tensors formula(const Tensors& in, const Chunk& chunk, const Constants& constant
   return {output, self.lse, memory.lse, constants.joint ? output : self.output, memory.output};
 }
 
-Problem problem_of(const Arguments& args, bool transformed = false) {
+/// `grads`: what comes in, of a derivative.
+Problem problem_of(const Arguments& args, at::TensorList grads = {}, bool transformed = false) {
   const auto keys = args.key.size(-2), slots = args.memory_key.size(-2);
   const auto depth = args.query.size(-1) + args.value.size(-1);
-  const auto named = args.memory_index ? args.memory_index->size(-1) * depth : slots;
-  Problem problem(args.query, args.key.size(-3), keys + named + depth, (keys + slots) * depth);
+  const bool exact = !transformed && excludes(args) &&
+                     !(exact_rows::all_finite(operands(args)) && exact_rows::all_finite(grads));
+  const auto each = exact ? depth : 1;
+  const auto named = args.memory_index ? args.memory_index->size(-1) * depth : slots * each;
+  Problem problem(
+      args.query, args.key.size(-3), keys * each + named + depth, (keys + slots) * depth);
   const auto tensors = differentiable(args);
   constexpr std::array<Axes, kDifferentiable> axes{Axes::query, Axes::key,  Axes::key,
                                                    Axes::key,   Axes::key,  Axes::query,
@@ -128,7 +169,8 @@ Problem problem_of(const Arguments& args, bool transformed = false) {
       args.scale_or_default(),
       args.dropout_p,
       args.seed ? args.seed->item<int64_t>() : 0,
-      transformed};
+      transformed,
+      exact};
   problem.formula = [constants](const Tensors& in, const Chunk& chunk) {
     return formula(in, chunk, constants);
   };
@@ -167,7 +209,7 @@ Gradients portable_backward_op(
 
 std::tuple<Tensor, Tensor, Tensor> composite(const Arguments& args) {
   check(args);
-  const auto all = chunked::composite(problem_of(args, /*transformed=*/true), args.query);
+  const auto all = chunked::composite(problem_of(args, {}, /*transformed=*/true), args.query);
   return {all[0].to(args.query.scalar_type()), all[1].squeeze(-1), all[2].squeeze(-1)};
 }
 
@@ -194,7 +236,7 @@ Gradients backward_portable(
   std::vector<bool> needed(output_mask.begin(), output_mask.end());
   needed.push_back(false);  // memory_index
   auto g = chunked::backward(
-      problem_of(args), {grads[0], grads[1].unsqueeze(-1), grads[2].unsqueeze(-1)}, needed);
+      problem_of(args, grads), {grads[0], grads[1].unsqueeze(-1), grads[2].unsqueeze(-1)}, needed);
   for (auto& gradient : g) {
     if (!gradient.defined()) gradient = at::empty({0}, args.query.options());
   }
@@ -210,7 +252,7 @@ std::vector<Tensor> double_backward(
   std::vector<bool> wanted(needed.begin(), needed.end());
   wanted.push_back(false);
   auto result = chunked::double_backward(
-      problem_of(args), {grads[0], grads[1].unsqueeze(-1), grads[2].unsqueeze(-1)}, partners,
+      problem_of(args, grads), {grads[0], grads[1].unsqueeze(-1), grads[2].unsqueeze(-1)}, partners,
       wanted);
   for (size_t i = 1; i < 3; ++i) {
     if (result[i].defined()) result[i] = result[i].squeeze(-1);

@@ -1,4 +1,4 @@
-"""torch.jit.trace of every operator: the trace computes what the operator does, on other input too."""
+"""torch.jit.trace of every operator: a trace computes what the operator does, on other input."""
 
 import mixhead
 import pytest

@@ -1,5 +1,8 @@
-"""torch.func and forward mode: every operator under every transform, against plain differences, loops
-and PyTorch's own derivatives of the float64 reference. A warning (of vmap's slow loop) is an error."""
+"""torch.func and forward mode: every operator under every transform.
+
+Compared with plain differences, loops and PyTorch's own derivatives of the float64 reference. A
+warning, such as that of vmap's slow loop, is an error.
+"""
 
 import math
 
@@ -70,7 +73,9 @@ def scalar(function):
 
     def total(*inputs):
         outputs = function(*inputs)
-        return sum((o * torch.sin(torch.arange(o.numel()).view(o.shape) + 1.0)).sum() for o in outputs)
+        return sum(
+            (o * torch.sin(torch.arange(o.numel()).view(o.shape) + 1.0)).sum() for o in outputs
+        )
 
     return total
 
@@ -105,7 +110,9 @@ def test_forward_ad_and_linearize(name):
     tangents = tuple(normal(*i.shape, seed=7) for i in inputs)
     _, expected = jvp(function, inputs, tangents)
     with torch.autograd.forward_ad.dual_level():
-        duals = [torch.autograd.forward_ad.make_dual(i, t) for i, t in zip(inputs, tangents, strict=True)]
+        duals = [
+            torch.autograd.forward_ad.make_dual(i, t) for i, t in zip(inputs, tangents, strict=True)
+        ]
         found = [torch.autograd.forward_ad.unpack_dual(o).tangent for o in function(*duals)]
     _, linear = linearize(function, *inputs)
     for got, other, want in zip(found, linear(*tangents), expected, strict=True):
@@ -121,7 +128,9 @@ def test_grad_and_vjp_are_autograd(name):
     expected = torch.autograd.grad(total(*leaves), leaves)
     found = grad(total, argnums=everything)(*inputs)
     _, pull = vjp(total, *inputs)
-    for got, other, want in zip(found, pull(torch.ones((), dtype=torch.float64)), expected, strict=True):
+    for got, other, want in zip(
+        found, pull(torch.ones((), dtype=torch.float64)), expected, strict=True
+    ):
         torch.testing.assert_close(got, want)
         torch.testing.assert_close(other, want)
 
@@ -226,10 +235,8 @@ def test_dropout_under_vmap_draws_as_asked(randomness):
 @pytest.mark.parametrize("kind", ["mixed", "kernel"])
 def test_layers_by_sample(kind):
     torch.manual_seed(0)
-    layer = {
-        "mixed": lambda: mixhead.MixedMultiheadAttention(4, 2, batch_first=True, dtype=torch.float64),
-        "kernel": lambda: mixhead.KernelMultiheadAttention(4, 2, batch_first=True, dtype=torch.float64),
-    }[kind]()  # fmt: skip
+    kinds = {"mixed": mixhead.MixedMultiheadAttention, "kernel": mixhead.KernelMultiheadAttention}
+    layer = kinds[kind](4, 2, batch_first=True, dtype=torch.float64)
     parameters = {n: p.detach() for n, p in layer.named_parameters()}
     x, memory = normal(3, 5, 4), normal(6, 4)
     more = {"memory": memory} if kind == "mixed" else {}
