@@ -95,15 +95,17 @@ std::tuple<torch::Tensor, torch::Tensor> KernelMultiheadAttentionImpl::forward(
   query = batch_first(query);
   key = batch_first(key);
   value = batch_first(value);
-  const KernelAttentionOptions attention{
+  KernelAttentionOptions attention{
       .attn_mask = mask(query, key, key_padding_mask, attn_mask, batched),
       .is_causal = is_causal && !attn_mask.defined(),
       .dropout_p = is_training() ? options.dropout() : 0.0,
       .enable_gqa = grouped()};
   query = query_heads(query);
   key = key_heads(key);
+  value = value_heads(value);
+  extend(key, value, attention.attn_mask, attention.is_causal, query.size(-2));
   const auto [heads, log_mass] =
-      kernel_attention(query, key, value_heads(value), bandwidth(), options.kernel(), attention);
+      kernel_attention(query, key, value, bandwidth(), options.kernel(), attention);
   torch::Tensor weights;
   if (need_weights) {
     weights = kernels::weights(

@@ -23,7 +23,7 @@ struct KernelMultiheadAttentionOptions : MultiheadOptions<KernelMultiheadAttenti
       : MultiheadOptions(embed_dim, num_heads) {}
 
   /// One name, or one for each query head; see mixhead::kernel_attention.
-  TORCH_ARG(std::vector<std::string>, kernel) = { "gaussian" };
+  TORCH_ARG(std::vector<std::string>, kernel) = {"gaussian"};
   /// Initial bandwidth in the units of the projected queries and keys: (), (Hq,) or (Hq, D);
   /// undefined means D^(1/4).
   TORCH_ARG(torch::Tensor, bandwidth);

@@ -22,6 +22,8 @@ void check_mask(
       " must be bool or floating point, got ", mask.scalar_type());
 }
 
+}  // namespace
+
 at::Tensor both(const at::Tensor& first, const at::Tensor& second) {
   constexpr double infinity = std::numeric_limits<double>::infinity();
   const bool first_is_bool = first.scalar_type() == at::kBool;
@@ -37,8 +39,6 @@ at::Tensor both(const at::Tensor& first, const at::Tensor& second) {
   }
   return first + second;
 }
-
-}  // namespace
 
 std::optional<at::Tensor> sequence_mask(
     const char* layer, const at::Tensor& key_padding_mask, const at::Tensor& attn_mask,

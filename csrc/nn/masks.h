@@ -13,4 +13,7 @@ std::optional<at::Tensor> sequence_mask(
     const char* layer, const at::Tensor& key_padding_mask, const at::Tensor& attn_mask,
     int64_t batch, int64_t num_heads, int64_t length, int64_t keys);
 
+/// The operator's mask that blocks what either of two blocks.
+at::Tensor both(const at::Tensor& first, const at::Tensor& second);
+
 }  // namespace mixhead::nn

@@ -126,6 +126,7 @@ std::tuple<torch::Tensor, torch::Tensor> MixedMultiheadAttentionImpl::attend(
   query = query_heads(query);
   key = key_heads(key);
   value = value_heads(value);
+  extend(key, value, attention.attn_mask, attention.is_causal, query.size(-2));
   auto [heads, self_lse, memory_lse] =
       mixed_attention(query, key, value, memory_key, memory_value, logit, attention);
   torch::Tensor weights;

@@ -47,6 +47,8 @@ void MultiheadFrame<Impl, LayerOptions>::register_projections() {
   k_proj_weight = parameter("k_proj_weight", !packed, {kv_dim(), options.kdim()});
   v_proj_weight = parameter("v_proj_weight", !packed, {kv_dim(), options.vdim()});
   in_proj_bias = parameter("in_proj_bias", options.bias(), {embed_dim + 2 * kv_dim()});
+  bias_k = parameter("bias_k", options.add_bias_kv(), {1, 1, kv_dim()});
+  bias_v = parameter("bias_v", options.add_bias_kv(), {1, 1, kv_dim()});
   const auto square = torch::nn::LinearOptions(embed_dim, embed_dim).bias(options.bias());
   out_proj = this->register_module("out_proj", torch::nn::Linear(square));
 }
@@ -61,6 +63,11 @@ void MultiheadFrame<Impl, LayerOptions>::reset_projections() {
   if (in_proj_bias.defined()) {
     torch::nn::init::zeros_(in_proj_bias);
     torch::nn::init::zeros_(out_proj->bias);
+  }
+  for (const auto& bias : {bias_k, bias_v}) {
+    if (bias.defined()) {
+      torch::nn::init::xavier_normal_(bias);
+    }
   }
 }
 
@@ -129,6 +136,39 @@ template <typename Impl, typename LayerOptions>
 torch::Tensor MultiheadFrame<Impl, LayerOptions>::split_key_heads(
     const torch::Tensor& projected) const {
   return projected.unflatten(-1, {options.num_kv_heads(), head_dim()}).transpose(-3, -2);
+}
+
+template <typename Impl, typename LayerOptions>
+void MultiheadFrame<Impl, LayerOptions>::extend(
+    torch::Tensor& key, torch::Tensor& value, std::optional<at::Tensor>& mask, bool& is_causal,
+    int64_t rows) const {
+  const int64_t keys = key.size(-2);
+  int64_t added = 0;
+  const auto append = [&](const torch::Tensor& more_keys, const torch::Tensor& more_values) {
+    key = torch::cat({key, more_keys.expand({key.size(0), -1, -1, -1})}, -2);
+    value = torch::cat({value, more_values.expand({value.size(0), -1, -1, -1})}, -2);
+    ++added;
+  };
+  if (bias_k.defined()) {
+    append(split_key_heads(bias_k), split_key_heads(bias_v));
+  }
+  if (options.add_zero_attn()) {
+    const auto zeros = key.new_zeros({1, key.size(1), 1, key.size(3)});
+    append(zeros, zeros);
+  }
+  if (added == 0) {
+    return;
+  }
+  if (is_causal) {
+    const auto past =
+        torch::ones({rows, keys}, key.options().dtype(torch::kBool)).tril(keys - rows);
+    mask = mask ? both(past, *mask) : past;
+    is_causal = false;
+  }
+  if (mask) {
+    const bool boolean = mask->scalar_type() == torch::kBool;
+    mask = torch::constant_pad_nd(*mask, {0, added}, boolean ? 1 : 0);
+  }
 }
 
 template <typename Impl, typename LayerOptions>

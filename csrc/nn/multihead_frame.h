@@ -35,6 +35,10 @@ class MultiheadOptions {
   MIXHEAD_MULTIHEAD_ARG(double, dropout) = 0.0;
   /// Whether the projections have biases.
   MIXHEAD_MULTIHEAD_ARG(bool, bias) = true;
+  /// A learned key and value behind the sequence, which every query may read.
+  MIXHEAD_MULTIHEAD_ARG(bool, add_bias_kv) = false;
+  /// A key and a value of zeros behind the sequence.
+  MIXHEAD_MULTIHEAD_ARG(bool, add_zero_attn) = false;
   /// Width of the keys; embed_dim by default.
   MIXHEAD_MULTIHEAD_ARG(int64_t, kdim);
   /// Width of the values; embed_dim by default.
@@ -67,6 +71,8 @@ class MultiheadFrame : public torch::nn::Cloneable<Impl> {
   torch::Tensor q_proj_weight;
   torch::Tensor k_proj_weight;
   torch::Tensor v_proj_weight;
+  torch::Tensor bias_k;
+  torch::Tensor bias_v;
   torch::nn::Linear out_proj{nullptr};
 
  protected:
@@ -98,6 +104,11 @@ class MultiheadFrame : public torch::nn::Cloneable<Impl> {
   torch::Tensor key_heads(const torch::Tensor& key) const;
   torch::Tensor value_heads(const torch::Tensor& value) const;
   torch::Tensor split_key_heads(const torch::Tensor& projected) const;
+  /// Appends the heads of add_bias_kv and add_zero_attn to keys and values (B, H, S, D), with the
+  /// mask and the causality that go with them. `rows`: queries.
+  void extend(
+      torch::Tensor& key, torch::Tensor& value, std::optional<at::Tensor>& mask, bool& is_causal,
+      int64_t rows) const;
   /// The output in the layout of the query, from heads (B, Hq, L, D).
   torch::Tensor output(const torch::Tensor& heads, bool batched);
   /// Weights (B, Hq, L, S) as torch::nn::MultiheadAttention returns them.

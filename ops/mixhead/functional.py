@@ -6,13 +6,21 @@ from torch import Tensor
 from mixhead import _scripted
 
 
+def _tensor_of(number: Tensor | float | None, query: Tensor) -> Tensor | None:
+    """A number where a tensor of one element is meant, on the device of the query."""
+    if number is None or isinstance(number, Tensor):
+        return number
+    dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
+    return torch.full((), number, dtype=dtype, device=query.device)
+
+
 def mixed_attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
     memory_key: Tensor,
     memory_value: Tensor,
-    mix: Tensor,
+    mix: Tensor | float,
     *,
     rule: str = "gate",
     attn_mask: Tensor | None = None,
@@ -84,6 +92,7 @@ def mixed_attention(
         >>> mixhead.mixed_attention(query, key, value, memory_key, memory_value, mix).shape
         torch.Size([2, 8, 128, 64])
     """
+    mix = _tensor_of(mix, query)
     outputs = torch.ops.mixhead.mixed_attention(
         query,
         key,
@@ -191,6 +200,7 @@ def kernel_attention(
         >>> mixhead.kernel_attention(grid, x, y, torch.tensor(0.1), "gaussian").shape
         torch.Size([1, 200, 1])
     """
+    bandwidth = _tensor_of(bandwidth, query)
     outputs = torch.ops.mixhead.kernel_attention(
         query,
         key,
@@ -275,7 +285,8 @@ def local_linear_attention(
 
         Where the design is singular (fewer keys in the window than ``D + 1``, duplicated points, a
         constant channel; with channels scaled to spread 1, a direction whose spread is at most
-        ``sqrt(32 D eps)`` of the widest one's, ``eps`` that of the dtype of the sums) the minimum-norm (intercept, slope) is taken, that of `numpy.linalg.lstsq`, and the
+        ``sqrt(32 D eps)`` of the widest one's, ``eps`` that of the dtype of the sums) the
+        minimum-norm (intercept, slope) is taken, that of `numpy.linalg.lstsq`, and the
         pseudo-inverse for the leverage. It is what it would be without the missing directions
         wherever the query lies in the affine hull of the keys in its window; elsewhere a small
         ``ridge`` keeps the intercept from shrinking. Derivatives are those at constant rank, the
@@ -293,6 +304,8 @@ def local_linear_attention(
         >>> fit.shape, slope.shape
         (torch.Size([1, 200, 1]), torch.Size([1, 200, 1, 1]))
     """
+    if not torch.jit.is_scripting():
+        bandwidth = _tensor_of(bandwidth, query)
     return torch.ops.mixhead.local_linear_attention(
         query,
         key,
@@ -447,6 +460,8 @@ def matching_attention(
         >>> cost = torch.cdist(jobs, candidates).square() / 2 / 8**0.5
         >>> plan = (f.unsqueeze(-1) - cost + g.unsqueeze(-2)).exp()
     """
+    if not torch.jit.is_scripting():
+        bandwidth = _tensor_of(bandwidth, query)
     return torch.ops.mixhead.matching_attention(
         query,
         key,

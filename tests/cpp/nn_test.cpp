@@ -48,6 +48,8 @@ struct TorchCase {
   bool float_mask = false;
   bool need_weights = true;
   bool average = true;
+  bool add_bias_kv = false;
+  bool add_zero_attn = false;
 };
 
 class EqualsTorch : public testing::TestWithParam<TorchCase> {};
@@ -55,11 +57,19 @@ class EqualsTorch : public testing::TestWithParam<TorchCase> {};
 TEST_P(EqualsTorch, WithoutMemory) {
   const TorchCase& c = GetParam();
   torch::manual_seed(1);
-  torch::nn::MultiheadAttention peer(
-      torch::nn::MultiheadAttentionOptions(kEmbed, kHeads).bias(c.bias).kdim(c.kdim).vdim(c.vdim));
+  torch::nn::MultiheadAttention peer(torch::nn::MultiheadAttentionOptions(kEmbed, kHeads)
+                                         .bias(c.bias)
+                                         .kdim(c.kdim)
+                                         .vdim(c.vdim)
+                                         .add_bias_kv(c.add_bias_kv)
+                                         .add_zero_attn(c.add_zero_attn));
   peer->to(torch::kFloat64);
-  auto ours = randomized(
-      MixedMultiheadAttentionOptions(kEmbed, kHeads).bias(c.bias).kdim(c.kdim).vdim(c.vdim));
+  auto ours = randomized(MixedMultiheadAttentionOptions(kEmbed, kHeads)
+                             .bias(c.bias)
+                             .kdim(c.kdim)
+                             .vdim(c.vdim)
+                             .add_bias_kv(c.add_bias_kv)
+                             .add_zero_attn(c.add_zero_attn));
   {
     torch::NoGradGuard no_grad;
     auto parameters = ours->named_parameters();
@@ -103,7 +113,10 @@ INSTANTIATE_TEST_SUITE_P(
         TorchCase{.name = "float_mask", .mask = true, .float_mask = true},
         TorchCase{.name = "padding_and_mask", .padding = true, .mask = true},
         TorchCase{.name = "no_weights", .need_weights = false},
-        TorchCase{.name = "weights_of_heads", .average = false}),
+        TorchCase{.name = "weights_of_heads", .average = false},
+        TorchCase{.name = "bias_kv", .padding = true, .add_bias_kv = true},
+        TorchCase{.name = "zero_attn", .mask = true, .add_zero_attn = true},
+        TorchCase{.name = "bias_kv_and_zero_attn", .add_bias_kv = true, .add_zero_attn = true}),
     [](const auto& test) { return test.param.name; });
 
 // torch::nn::MultiheadAttention takes no mask per head, unlike Python's.
@@ -304,10 +317,14 @@ TEST(Nn, RefusesBadArguments) {
       [&] { layer(query, query.narrow(2, 0, 4), query); },
       "key must have 3 dimensions, the last of 12, got [5, 3, 4]");
   expect_error(
-      [&] { layer(query, query, query, torch::zeros({kBatch, 2})); },
+      [&] {
+        layer(query, query, query, torch::zeros({kBatch, 2}));
+      },
       "key_padding_mask must have shape [3, 5], got [3, 2]");
   expect_error(
-      [&] { layer->forward(query, query, query, {}, true, torch::zeros({2, 5}, torch::kBool)); },
+      [&] {
+        layer->forward(query, query, query, {}, true, torch::zeros({2, 5}, torch::kBool));
+      },
       "attn_mask must have shape [5, 5], got [2, 5]");
   expect_error(
       [&] {

@@ -19,7 +19,7 @@ def normal(*shape, seed=0):
 
 
 def exclusions(rows, keys):
-    """name: (options, the keys that no query reads; for causal one that only the last row reads)."""
+    """name: (options, the keys that no query reads; for causal the last)."""
     excluded = [keys // 3, keys - 1]
     mask = torch.ones(keys, dtype=torch.bool)
     mask[excluded] = False
@@ -49,7 +49,16 @@ def derivatives(function, inputs, rows):
     return [o[:, :, rows] for o in outputs], grads
 
 
-KERNELS = "dot cosine gaussian laplacian matern32 cauchy epanechnikov tricube".split()
+KERNELS = [
+    "dot",
+    "cosine",
+    "gaussian",
+    "laplacian",
+    "matern32",
+    "cauchy",
+    "epanechnikov",
+    "tricube",
+]
 FUNCTIONS = {
     **{
         f"kernel, {kernel}": lambda q, k, v, h, kernel=kernel, **o: ops.kernel_attention(

@@ -100,3 +100,18 @@ def test_signature_and_documentation_are_visible():
     assert "Memorizing Transformers" in mixhead.mixed_attention.__doc__
     for name in mixhead.__all__:
         assert hasattr(mixhead, name)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+def test_a_number_stands_for_a_tensor_of_one_element(dtype):
+    q = torch.randn(2, 6, 4, dtype=dtype)
+    half = torch.tensor(0.5, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
+    functions = [
+        lambda x: mixhead.mixed_attention(q, q, q, q, q, x),
+        lambda x: mixhead.kernel_attention(q, q, q, x, "gaussian"),
+        lambda x: mixhead.local_linear_attention(q, q, q, x, "gaussian")[0],
+        lambda x: mixhead.matching_attention(q, q, q, x, "gaussian")[0],
+    ]
+    for function in functions:
+        torch.testing.assert_close(function(0.5), function(half), rtol=0, atol=0)
+        torch.testing.assert_close(function(1), function(torch.ones_like(half)), rtol=0, atol=0)

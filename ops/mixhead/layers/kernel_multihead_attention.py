@@ -35,6 +35,9 @@ class KernelMultiheadAttention(MultiheadFrame):
         num_heads: query heads ``Hq``; divides ``embed_dim``.
         dropout: probability with which an attention weight is dropped in training.
         bias: whether the projections have biases.
+        add_bias_kv: whether a learned key and value, ``bias_k`` and ``bias_v``, stand behind the
+            sequence; every query may read them.
+        add_zero_attn: whether a key and value of zeros stand behind the sequence.
         kdim, vdim: widths of ``key`` and ``value``; ``embed_dim`` where None.
         batch_first: ``query``, ``key``, ``value`` and the output are ``(B, L, E)``, not
             ``(L, B, E)``.
@@ -65,20 +68,32 @@ class KernelMultiheadAttention(MultiheadFrame):
         num_heads: int,
         dropout: float = 0.0,
         bias: bool = True,
+        add_bias_kv: bool = False,
+        add_zero_attn: bool = False,
         kdim: int | None = None,
         vdim: int | None = None,
         batch_first: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
         *,
         num_kv_heads: int | None = None,
         kernel: str | Sequence[str] = "gaussian",
         bandwidth: float | Sequence | Tensor | None = None,
         learn_bandwidth: bool = True,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
     ) -> None:
         factory = {"device": device, "dtype": dtype}
         super().__init__(
-            embed_dim, num_heads, dropout, bias, kdim, vdim, batch_first, num_kv_heads, factory
+            embed_dim,
+            num_heads,
+            dropout,
+            bias,
+            add_bias_kv,
+            add_zero_attn,
+            kdim,
+            vdim,
+            batch_first,
+            num_kv_heads,
+            factory,
         )
         self.kernel = [kernel] if isinstance(kernel, str) else list(kernel)
         self._check_kernel()
@@ -170,6 +185,14 @@ class KernelMultiheadAttention(MultiheadFrame):
             ``(B, Hq, L, S)`` where not averaged, without ``B`` for input without batch. The weights
             of a query sum to 1 (to 0 where no key has mass).
         """
+        if not torch.jit.is_scripting() and query.is_nested:
+            padded, padding = self._padded(
+                query, key, value, key_padding_mask, attn_mask, need_weights
+            )
+            output, _ = self.forward(
+                padded, padded, padded, padding, need_weights=False, is_causal=is_causal
+            )
+            return self._nested_like(query, output), None
         self._check_input(query, key, value)
         batched = query.dim() == 3
         query, key, value = self._batch_first(query, key, value)
@@ -177,6 +200,7 @@ class KernelMultiheadAttention(MultiheadFrame):
         is_causal = is_causal and attn_mask is None
         enable_gqa = self.num_kv_heads != self.num_heads
         query, key, value = self._project(query, key, value)
+        key, value, mask, is_causal = self._extended(key, value, mask, query.size(-2), is_causal)
         bandwidth = self.bandwidth
         output, log_mass = kernel_attention(
             query,

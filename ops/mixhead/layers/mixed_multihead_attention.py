@@ -73,6 +73,9 @@ class MixedMultiheadAttention(MultiheadFrame):
         num_heads: query heads ``Hq``; divides ``embed_dim``.
         dropout: probability with which an attention weight is dropped in training.
         bias: whether the projections have biases.
+        add_bias_kv: whether a learned key and value, ``bias_k`` and ``bias_v``, stand behind the
+            sequence; every query may read them.
+        add_zero_attn: whether a key and value of zeros stand behind the sequence.
         kdim, vdim: widths of ``key`` and ``value``; ``embed_dim`` where None.
         batch_first: ``query``, ``key``, ``value`` and the output are ``(B, L, E)``, not
             ``(L, B, E)``.
@@ -101,21 +104,33 @@ class MixedMultiheadAttention(MultiheadFrame):
         num_heads: int,
         dropout: float = 0.0,
         bias: bool = True,
+        add_bias_kv: bool = False,
+        add_zero_attn: bool = False,
         kdim: int | None = None,
         vdim: int | None = None,
         batch_first: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
         *,
         num_kv_heads: int | None = None,
         rule: str = "gate",
         gate: str = "head",
         memory_projection: str = "shared",
         initial_mix: float = 0.0,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
     ) -> None:
         factory = {"device": device, "dtype": dtype}
         super().__init__(
-            embed_dim, num_heads, dropout, bias, kdim, vdim, batch_first, num_kv_heads, factory
+            embed_dim,
+            num_heads,
+            dropout,
+            bias,
+            add_bias_kv,
+            add_zero_attn,
+            kdim,
+            vdim,
+            batch_first,
+            num_kv_heads,
+            factory,
         )
         self.rule = rule
         self.gate = gate
@@ -213,6 +228,21 @@ class MixedMultiheadAttention(MultiheadFrame):
             ``gate="channel"`` they are the average over the channels. Under ``torch.compile`` and
             ``torch.export`` ``M`` of a `MemoryBank` is its capacity.
         """
+        if not torch.jit.is_scripting() and query.is_nested:
+            padded, padding = self._padded(
+                query, key, value, key_padding_mask, attn_mask, need_weights
+            )
+            output, _ = self.forward(
+                padded,
+                padded,
+                padded,
+                padding,
+                need_weights=False,
+                is_causal=is_causal,
+                memory=memory,
+                memory_mask=memory_mask,
+            )
+            return self._nested_like(query, output), None
         if memory is None:
             memory_key = memory_value = query.new_zeros(self.num_kv_heads, 0, self.head_dim)
         elif isinstance(memory, Tensor):
@@ -265,6 +295,7 @@ class MixedMultiheadAttention(MultiheadFrame):
         is_causal = is_causal and attn_mask is None
         mix = self._mix_logit(query)
         query, key, value = self._project(query, key, value)
+        key, value, mask, is_causal = self._extended(key, value, mask, query.size(-2), is_causal)
         output, self_lse, memory_lse = mixed_attention(
             query,
             key,

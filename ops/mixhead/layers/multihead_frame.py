@@ -5,18 +5,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mixhead._errors import shape_text
-from mixhead.layers.masks import sequence_mask
+from mixhead.layers.masks import both, sequence_mask
 
-#: The names in a state dict of torch.nn.MultiheadAttention; what else a layer has it adds.
-_TORCH_NAMES = (
-    "in_proj_weight",
-    "in_proj_bias",
-    "q_proj_weight",
-    "k_proj_weight",
-    "v_proj_weight",
-    "out_proj.weight",
-    "out_proj.bias",
-)
+#: What the layers have that torch.nn.MultiheadAttention has not, in their state dicts.
+_ADDED_NAMES = {"mix", "mix_weight", "memory_k_proj", "memory_v_proj", "log_bandwidth"}
+
+
+def _is_added(name: str) -> bool:
+    """Whether a parameter is one of ours, also under the names that torch.nn.utils gives it."""
+    return any(
+        part in _ADDED_NAMES or part.removesuffix("_orig").removesuffix("_mask") in _ADDED_NAMES
+        for part in name.split(".")
+    )
 
 
 class MultiheadFrame(nn.Module):
@@ -40,6 +40,8 @@ class MultiheadFrame(nn.Module):
         num_heads: int,
         dropout: float,
         bias: bool,
+        add_bias_kv: bool,
+        add_zero_attn: bool,
         kdim: int | None,
         vdim: int | None,
         batch_first: bool,
@@ -58,7 +60,12 @@ class MultiheadFrame(nn.Module):
         self._qkv_same_embed_dim = False
         self._check_frame()
         self.head_dim = embed_dim // num_heads
+        self.add_zero_attn = add_zero_attn
         self._create_projections(bias, factory)
+        for name in ("bias_k", "bias_v"):
+            shape = (1, 1, self.num_kv_heads * self.head_dim)
+            parameter = nn.Parameter(torch.empty(shape, **factory)) if add_bias_kv else None
+            self.register_parameter(name, parameter)
 
     def _check_frame(self) -> None:
         for argument in ("embed_dim", "num_heads", "num_kv_heads", "kdim", "vdim"):
@@ -110,6 +117,9 @@ class MultiheadFrame(nn.Module):
         if self.in_proj_bias is not None:
             nn.init.zeros_(self.in_proj_bias)
             nn.init.zeros_(self.out_proj.bias)
+        for bias in (self.bias_k, self.bias_v):
+            if bias is not None:
+                nn.init.xavier_normal_(bias)
 
     def _check_input(self, query: Tensor, key: Tensor, value: Tensor) -> None:
         if query.dim() != 2 and query.dim() != 3:
@@ -176,6 +186,63 @@ class MultiheadFrame(nn.Module):
         query = query.unflatten(-1, [self.num_heads, self.head_dim]).transpose(-3, -2)
         return query, self._key_heads(key), self._key_heads(value)
 
+    def _extended(
+        self, key: Tensor, value: Tensor, mask: Tensor | None, length: int, is_causal: bool
+    ) -> tuple[Tensor, Tensor, Tensor | None, bool]:
+        """The heads of keys and values with those of ``add_bias_kv`` and ``add_zero_attn`` behind
+        them, which every query may read, and the mask and causality that go with them."""
+        bias_k, bias_v = self.bias_k, self.bias_v
+        keys, added = key.size(-2), 0
+        if bias_k is not None and bias_v is not None:
+            rows = [key.size(0), -1, -1, -1]
+            key = torch.cat([key, self._key_heads(bias_k).expand(rows)], dim=-2)
+            value = torch.cat([value, self._key_heads(bias_v).expand(rows)], dim=-2)
+            added += 1
+        if self.add_zero_attn:
+            zeros = key.new_zeros(key.size(0), key.size(1), 1, key.size(3))
+            key, value = torch.cat([key, zeros], dim=-2), torch.cat([value, zeros], dim=-2)
+            added += 1
+        if added == 0:
+            return key, value, mask, is_causal
+        if is_causal:
+            past = torch.ones(length, keys, dtype=torch.bool, device=key.device)
+            past = past.tril(keys - length)
+            mask = past if mask is None else both(past, mask)
+        if mask is not None:
+            readable = 1.0 if mask.dtype == torch.bool else 0.0
+            mask = F.pad(mask, [0, added], value=readable)
+        return key, value, mask, False
+
+    @torch.jit.unused
+    def _padded(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        key_padding_mask: Tensor | None,
+        attn_mask: Tensor | None,
+        need_weights: bool,
+    ) -> tuple[Tensor, Tensor]:
+        """A nested tensor as a padded one and the mask of its padding."""
+        plain = key_padding_mask is None and attn_mask is None and not need_weights
+        if key is not query or value is not query or not plain or not self.batch_first:
+            raise ValueError(
+                f"{self._name}: a nested query must be key and value too, of a layer with "
+                f"batch_first=True, without masks and with need_weights=False"
+            )
+        lengths = torch.tensor([row.size(0) for row in query.unbind()], device=query.device)
+        padded = torch.nested.to_padded_tensor(query, 0.0)
+        padding = torch.arange(padded.size(1), device=query.device) >= lengths.unsqueeze(1)
+        return padded, padding
+
+    @torch.jit.unused
+    def _nested_like(self, query: Tensor, padded: Tensor) -> Tensor:
+        """The rows of ``padded`` that are not padding, nested as ``query`` is."""
+        rows = [out[: row.size(0)] for out, row in zip(padded, query.unbind(), strict=True)]
+        if query.layout == torch.jagged:
+            return torch.nested.nested_tensor_from_jagged(torch.cat(rows), query.offsets())
+        return torch.nested.as_nested_tensor(rows, layout=query.layout)
+
     def _key_heads(self, projected: Tensor) -> Tensor:
         return projected.unflatten(-1, [self.num_kv_heads, self.head_dim]).transpose(-3, -2)
 
@@ -216,14 +283,15 @@ class MultiheadFrame(nn.Module):
         return weights if batched else weights.squeeze(0)
 
     def _load_from_state_dict(self, state_dict: dict, prefix: str, *args) -> None:
-        """Lets a state dict of torch.nn.MultiheadAttention load: it has none of our additions."""
+        """Lets a state dict of torch.nn.MultiheadAttention load: our additions, which it lacks,
+        keep their values. On the meta device they have none and are missing."""
         additions = {
             prefix + name: tensor.detach()
             for name, tensor in (*self.named_parameters(), *self.named_buffers())
-            if name not in _TORCH_NAMES
+            if _is_added(name)
         }
         if not additions.keys() & state_dict.keys():
-            state_dict.update(additions)
+            state_dict.update({n: t for n, t in additions.items() if not t.is_meta})
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def extra_repr(self) -> str:
