@@ -436,3 +436,14 @@ class TestOptional:
         assert last.startswith(
             "ImportError: mixhead.KernelRegressor needs 'scikit-learn>=1.6': pip"
         )
+
+
+@pytest.mark.parametrize("kernel", ["gaussian", "tricube"])
+def test_an_average_lies_among_its_targets(kernel):
+    rng = np.random.default_rng(0)
+    x = rng.uniform(size=(300, 1))
+    y = np.stack([(x[:, 0] > 0.5) * 1.0, np.full(300, 0.1)], 1)
+    fitted = KernelRegressor(kernel=kernel, bandwidth=0.2).fit(x, y)
+    predicted = fitted.predict(rng.uniform(size=(2000, 1)))
+    assert (predicted <= y.max(0)).all()
+    assert (predicted >= y.min(0)).all()

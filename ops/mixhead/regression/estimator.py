@@ -154,6 +154,10 @@ class KernelRegressor(MultiOutputMixin, RegressorMixin, BaseEstimator):
             fit = smoother.at(query, bandwidth)
         outside = fit.log_mass.isneginf()
         mean = fit.mean.clone()
+        if self.degree == 0:
+            # An average lies among its targets, whatever the rounding of the weights.
+            lowest, highest = smoother.values.aminmax(dim=0)
+            mean = mean.clamp(lowest, highest)
         if outside.any():
             mean[outside] = kernel_attention(
                 query[None, outside], smoother.points[None], smoother.values[None],
